@@ -1,0 +1,446 @@
+"""The optimizer: wraps another one, asks a weighting how much everything counts, and owns the weighting's state."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mtlweight._errors import MTLWeightError, NonFiniteError
+from mtlweight._report import Report
+from mtlweight._statistics import Given
+from mtlweight._view import State, View
+from mtlweight._weighting import Weighting, evaluate
+from mtlweight.engines import ENGINES, Batch, Capture, Plan, look_again, read, snapshot
+
+KEY = "mtlweight"
+"""The one key that this library adds to the wrapped optimizer's state dict."""
+
+
+@dataclass
+class _Pending:
+    """What ``step`` will commit."""
+
+    state: State | None
+    report: Report
+    skip: bool = False
+    observe: Callable[[], Given] | None = None
+
+
+@dataclass
+class _Record:
+    """All that a MultiTaskOptimizer knows. One mutable record, so that the optimizer has one attribute of its own."""
+
+    optimizer: Optimizer
+    weighting: Weighting
+    shared: list[nn.Module | Tensor] | None
+    model: nn.Module | None
+    engine: str
+    heads: str
+    on_nonfinite: str
+    seed: int
+    step: int = 0
+    state: State | None = None
+    tasks: tuple[str, ...] = ()
+    pending: _Pending | None = None
+    report: Report = field(default_factory=Report)
+    skipped: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    broken: dict[str, str] = field(default_factory=dict)
+    capture: Capture | None = None
+
+
+class MultiTaskOptimizer(Optimizer):
+    """Any ``torch.optim.Optimizer`` with a weighting in front of it.
+
+    Use it as the optimizer that it wraps; between the losses and ``backward`` stands one call, :meth:`combine`:
+
+    >>> import torch, mtlweight
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = mtlweight.MultiTaskOptimizer(
+    ...     torch.optim.SGD(model.parameters(), lr=0.1), mtlweight.MGDA(), shared=model
+    ... )
+    >>> y = model(torch.ones(4, 3))
+    >>> optimizer.zero_grad()
+    >>> optimizer.combine({"a": y[:, 0].square().mean(), "b": (y[:, 1] - 1).square().mean()}).backward()
+    >>> optimizer.step()
+    >>> optimizer.report.step
+    1
+
+    Args:
+        optimizer: the optimizer to wrap. Its ``param_groups``, ``state`` and ``defaults`` stay its own.
+        weighting: decides how much each task, sample or gradient entry counts.
+        shared: the parameters that tasks share: a module, parameters, or several of either. Needed by weightings that
+            read gradients. All other parameters that the losses reach are heads.
+        model: the whole model; lets the forward engine see parameters outside ``shared``, and restores its buffers
+            after a weighting has looked at the losses once more.
+        engine: how statistics are measured: ``"auto"``, ``"rows"``, ``"batched"``, ``"features"``, ``"forward"``,
+            ``"pullback"`` or ``"samples"``; see docs/engines.md.
+        heads: ``"weighted"``, the default: heads get the gradient of the weighted losses, as if the weights were
+            constants in the loss; ``"unweighted"``: they get the gradient of the plain sum. Weights per gradient entry
+            belong to shared parameters alone; heads are unweighted then.
+        on_nonfinite: what to do if a loss or a gradient is not finite: ``"raise"``; ``"skip"`` the step; or ``"drop"``
+            the task from this batch. Skipped and dropped are counted in :attr:`report`.
+        seed: seed of random weightings, together with the step.
+
+    Raises:
+        MTLWeightError: for arguments of another kind.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        weighting: Weighting,
+        *,
+        shared: nn.Module | Tensor | Iterable[nn.Module | Tensor] | None = None,
+        model: nn.Module | None = None,
+        engine: str = "auto",
+        heads: Literal["weighted", "unweighted"] = "weighted",
+        on_nonfinite: Literal["raise", "skip", "drop"] = "raise",
+        seed: int = 0,
+    ) -> None:
+        # Optimizer.__init__ is not called: through the properties below it would wipe the wrapped optimizer's state.
+        _expect("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        _expect("weighting", weighting, Weighting, "a weighting such as UW()")
+        _expect("model", model, (nn.Module, type(None)), "a torch.nn.Module")
+        _choice("engine", engine, ENGINES)
+        _choice("heads", heads, ("weighted", "unweighted"))
+        _choice("on_nonfinite", on_nonfinite, ("raise", "skip", "drop"))
+        parts: list[nn.Module | Tensor] | None = None
+        if shared is not None:
+            parts = [shared] if isinstance(shared, (nn.Module, Tensor)) else list(shared)
+            for part in parts:
+                _expect("shared", part, (nn.Module, Tensor), "parameters, a module, or several of either")
+        record = _Record(optimizer, weighting, parts, model, engine, heads, on_nonfinite, seed)
+        self._record = record
+        self._watch()
+
+    # The wrapped optimizer's own, by reference at each access: `load_state_dict` and schedulers rebind them.
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._record.optimizer
+
+    @property
+    def weighting(self) -> Weighting:
+        """The weighting."""
+        return self._record.weighting
+
+    @property
+    def report(self) -> Report:
+        """What the last committed step did; see :class:`~mtlweight._report.Report`."""
+        r = self._record
+        return replace(r.report, skipped=r.skipped, dropped=dict(r.dropped), fallbacks=dict(r.fallbacks))
+
+    def combine(self, losses: Any, *, reference: Any = None) -> Tensor:
+        """Weighs the losses: a scalar whose ordinary ``backward()`` puts the weighted gradient into ``.grad``.
+
+        Reads the committed state and leaves a pending one, which :meth:`step` commits: calling it again, or skipping
+        the step, changes nothing. Losses are weighed as they are: scale the returned scalar, not the losses.
+
+        Args:
+            losses: mapping from task name to a scalar or ``[b]`` tensor (``None`` or no key: the task is absent); or a
+                tensor ``[m]`` or ``[m, b]``; or a callable that returns one of these, which lets the forward engine
+                run. A ``[b]`` loss counts by its mean, unless the weighting writes weights per sample.
+            reference: the reference objective, such as the main task's loss on held-out data: a scalar or ``[b]``
+                tensor, or a callable that returns one. Needed by weightings that read the alignment.
+
+        Returns:
+            Tensor: scalar; its value is the plain sum of the losses, for logging.
+
+        Raises:
+            MTLWeightError: if losses or reference have not the expected form.
+            NonFiniteError: under the policy ``on_nonfinite``.
+        """
+        r = self._record
+        r.pending = None
+        plan = self._plan()
+        rewind = snapshot([]) if r.weighting.observes else None
+        if rewind is not None and (not callable(losses) or isinstance(losses, Tensor)):
+            raise MTLWeightError(
+                f"{plan.name} looks at the losses again after the step: expected losses as a callable, found computed "
+                "ones. Pass combine(lambda: losses(model, batch))."
+            )
+        try:
+            batch = read(losses, reference, plan)
+            while True:
+                self._expect_tasks(batch, isinstance(losses, Tensor))
+                if not batch.tasks:
+                    return self._skip(batch)
+                view = View(batch, step=r.step, seed=r.seed)
+                try:
+                    batch.losses()
+                    weights, state = evaluate(r.weighting, view, r.state)
+                    self._expect_finite(weights, state)
+                    break
+                except NonFiniteError as error:
+                    if r.on_nonfinite != "drop" or not error.tasks:
+                        raise
+                    r.dropped.update(error.tasks)
+                    batch = batch.without(error.tasks)
+        except NonFiniteError:
+            if r.on_nonfinite != "skip":
+                raise
+            return self._skip(None)
+        scalar = batch.combined(weights, r.weighting.writes)
+        report = Report(step=r.step + 1, weights=weights, notes=dict(view.notes), **batch.measured())
+        r.tasks = tuple(dict.fromkeys((*r.tasks, *batch.tasks)))
+        r.pending = _Pending(state, report)
+        if rewind is not None:
+            r.pending.observe = lambda: look_again(losses, self._modules(), rewind, batch.tasks)
+        return scalar
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the wrapped optimizer, then the commit of what :meth:`combine` left pending.
+
+        A step without a :meth:`combine` before it is the wrapped optimizer's own, and is not counted.
+
+        Args:
+            closure: computes gradients and returns the loss, for optimizers that evaluate it themselves.
+
+        Raises:
+            NonFiniteError: if a gradient is not finite and ``on_nonfinite="raise"``. Nothing has changed then.
+        """
+        r = self._record
+        evaluations = 0
+
+        def checked() -> Any:
+            nonlocal evaluations
+            loss = closure() if closure is not None else None
+            if r.pending is not None and (r.pending.skip or not self._gradients_are_finite()):
+                if evaluations:  # the wrapped optimizer has moved the parameters already
+                    raise NonFiniteError(
+                        "A gradient became not finite within one step of an optimizer that evaluates its closure "
+                        "several times. Expected finite numbers; lower the learning rate, or use line_search_fn."
+                    )
+                raise _SkipStepError
+            evaluations += 1
+            return loss
+
+        try:
+            if closure is None:
+                checked()
+                result = r.optimizer.step()
+            else:
+                result = r.optimizer.step(checked)
+        except _SkipStepError:
+            r.pending = None
+            r.skipped += 1
+            return None
+        if r.capture is not None:
+            r.capture.clear()
+        self._commit()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the wrapped optimizer's gradients. Leaves what is pending: closures call this between."""
+        self._record.optimizer.zero_grad(set_to_none)
+        if self._record.capture is not None:
+            self._record.capture.clear()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the wrapped optimizer."""
+        self._record.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict, with this library's state under one more key.
+
+        A bare optimizer of the wrapped class loads it too. It loads with ``torch.load(weights_only=True)``.
+        """
+        r = self._record
+        own = {
+            "version": 1,
+            "weighting": _signature(r.weighting),
+            "seed": r.seed,
+            "step": r.step,
+            "tasks": list(r.tasks),
+        }
+        return {**r.optimizer.state_dict(), KEY: {**own, "skipped": r.skipped, "state": r.state}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads a state dict of this class, or one of a bare optimizer of the wrapped class (with a warning).
+
+        Raises:
+            MTLWeightError: if it was saved with another weighting. Nothing has changed then.
+        """
+        r = self._record
+        own = state_dict.get(KEY)
+        if own is not None and own["weighting"] != _signature(r.weighting):
+            raise MTLWeightError(
+                f"The checkpoint holds the state of another weighting: expected {_signature(r.weighting)}, found "
+                f"{own['weighting']}. Build the optimizer with that weighting; or delete the key {KEY!r} from the "
+                "state dict to start the weighting afresh."
+            )
+        r.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        if own is None:
+            warnings.warn(f"The state dict has no key {KEY!r}: the weighting starts afresh.", stacklevel=2)
+            own = {"seed": r.seed, "step": 0, "tasks": [], "skipped": 0, "state": None}
+        r.seed, r.step, r.tasks = own["seed"], own["step"], tuple(own["tasks"])
+        r.skipped, r.state, r.pending, r.report = own["skipped"], own["state"], None, Report(step=own["step"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"record": replace(self._record, pending=None, capture=None)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._record = state["record"]
+        self._watch()
+
+    def __repr__(self) -> str:
+        return f"MultiTaskOptimizer({self._record.weighting!r}, {self._record.optimizer!r})"
+
+    def _plan(self) -> Plan:
+        r = self._record
+        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return Plan(
+            name=repr(r.weighting).split("(")[0] if not hasattr(r.weighting, "parts") else repr(r.weighting),
+            needs=r.weighting.needs_at(r.step),
+            writes=r.weighting.writes,
+            use=r.weighting.reference,
+            engine=r.engine,
+            heads=r.heads,
+            shared=None if r.shared is None else self._shared(),
+            trainable=trainable,
+            modules=self._modules(),
+            capture=r.capture,
+            broken=r.broken,
+            warn=self._fall_back,
+        )
+
+    def _modules(self) -> list[nn.Module]:
+        r = self._record
+        return [r.model] if r.model is not None else [part for part in r.shared or [] if isinstance(part, nn.Module)]
+
+    def _shared(self) -> list[Tensor]:
+        """The shared parameters as they are now: modules may have gained or frozen some."""
+        parts = self._record.shared or []
+        each = (part.parameters() if isinstance(part, nn.Module) else [part] for part in parts)
+        return list({id(p): p for p in itertools.chain.from_iterable(each) if p.requires_grad}.values())
+
+    def _watch(self) -> None:
+        r = self._record
+        if r.engine != "features":
+            return
+        modules = [part for part in r.shared or [] if isinstance(part, nn.Module)]
+        if not modules or len(modules) < len(r.shared or []):
+            raise MTLWeightError(
+                "engine='features' reads the shared modules' outputs: expected shared=... as a module or several, "
+                f"found {'nothing' if r.shared is None else 'parameters'}. Pass the encoder."
+            )
+        r.capture = Capture(modules)
+
+    def _expect_tasks(self, batch: Batch, unnamed: bool) -> None:
+        known = self._record.tasks
+        if unnamed and known and len(batch.tasks) != len(known) and not self._record.dropped:
+            raise MTLWeightError(
+                f"Expected losses of the {len(known)} tasks that the state knows ({', '.join(known)}), found "
+                f"{len(batch.tasks)}. A tensor of losses cannot say which task is absent: pass a mapping from name to "
+                f"loss."
+            )
+
+    def _expect_finite(self, weights: Tensor, state: State) -> None:
+        if not all(value.isfinite().all() for value in (weights, *_tensors(state))):
+            raise NonFiniteError(
+                f"{self._record.weighting!r} returned weights or a state that are not finite for finite losses and "
+                f"gradients: found weights {weights.flatten()[:8].tolist()}. The committed state is unchanged."
+            )
+
+    def _gradients_are_finite(self) -> bool:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        if not values or bool(nn.utils.get_total_norm(values, torch.inf).isfinite()):
+            return True
+        if self._record.on_nonfinite == "raise":
+            bad = next(g for g in values if not g.isfinite().all())
+            raise NonFiniteError(
+                f"A gradient of shape {list(bad.shape)} is not finite after backward: expected finite numbers, found "
+                "NaN or infinity. The step was not taken. Look at the batch, or choose on_nonfinite='skip'."
+            )
+        return False
+
+    def _skip(self, batch: Batch | None) -> Tensor:
+        plan = self._plan()
+        self._record.pending = _Pending(None, Report(), skip=True)
+        return (batch or Batch({}, plan)).idle()
+
+    def _commit(self) -> None:
+        r = self._record
+        if r.pending is None:
+            return
+        state = r.pending.state
+        if r.pending.observe is not None and state is not None:
+            view = View(r.pending.observe(), step=r.step, seed=r.seed)
+            if view.losses.isfinite().all():
+                state = r.weighting.observe(view, state)
+            else:
+                r.fallbacks["the losses after the step were not finite: not observed"] += 1
+        r.state, r.report, r.step, r.pending = state, r.pending.report, r.step + 1, None
+
+    def _fall_back(self, engine: str, cause: str) -> None:
+        r = self._record
+        text = f"the {engine} engine cannot run here ({cause})"
+        r.fallbacks[text] += 1
+        if engine not in r.broken:
+            r.broken[engine] = cause
+            then = {"forward": "pullback", "pullback": "rows"}[engine]
+            warnings.warn(f"mtlweight: {text}; falling back to the {then} engine.", stacklevel=4)
+
+
+class _SkipStepError(Exception):
+    """Leaves the wrapped optimizer's step before it has changed anything."""
+
+
+def _forward(name: str, doc: str) -> property:
+    def get(self: MultiTaskOptimizer) -> Any:
+        return getattr(self._record.optimizer, name)
+
+    def set_(self: MultiTaskOptimizer, value: Any) -> None:
+        setattr(self._record.optimizer, name, value)
+
+    return property(get, set_, doc=doc)
+
+
+for _name in (
+    "param_groups",
+    "state",
+    "defaults",
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+):
+    setattr(MultiTaskOptimizer, _name, _forward(_name, f"The wrapped optimizer's ``{_name}``."))
+
+
+def _expect(name: str, value: Any, kind: Any, words: str) -> None:
+    if not isinstance(value, kind):
+        raise MTLWeightError(f"MultiTaskOptimizer: expected {name} to be {words}, found {type(value).__name__}.")
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise MTLWeightError(f"MultiTaskOptimizer: expected {name} to be one of {', '.join(choices)}; found {value!r}.")
+
+
+def _signature(weighting: Weighting) -> str:
+    """The classes that a weighting is made of: what its state depends on."""
+    parts = getattr(weighting, "parts", ())
+    return type(weighting).__name__ + (f"({', '.join(map(_signature, parts))})" if parts else "")
+
+
+def _tensors(state: Any) -> Iterable[Tensor]:
+    for value in state.values():
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from _tensors(value)

@@ -1,0 +1,74 @@
+"""What the last committed step did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last committed step did: one place for logs and pictures.
+
+    Tensors stay on their device until they are read; the dictionaries by task name copy them to the host.
+
+    Attributes:
+        step: number of committed steps.
+        tasks: tasks present in the step, in the order of the tensors' rows.
+        losses: ``[m]`` or ``[m, b]``.
+        weights: ``[m]``, ``[m, b]`` or ``[m, n]``.
+        gramian: ``[m, m]`` inner products of the tasks' gradients, if they were measured.
+        alignment: ``[m]`` or ``[m, b]`` inner products with the reference's gradient, if they were measured.
+        engine: what measured them: names joined by ``+``.
+        notes: what the weightings noted, such as a solver's residual.
+        skipped: number of steps that were skipped so far (non-finite values, or no task present).
+        dropped: how often each task was dropped from a batch so far because it was not finite.
+        fallbacks: how often each engine's fallback was taken so far, with its cause.
+    """
+
+    step: int = 0
+    tasks: tuple[str, ...] = ()
+    losses: Tensor | None = None
+    weights: Tensor | None = None
+    gramian: Tensor | None = None
+    alignment: Tensor | None = None
+    engine: str = ""
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    skipped: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def task_losses(self) -> dict[str, float]:
+        """Each task's loss; the mean over its samples."""
+        losses = self.losses
+        return self._named(losses if losses is None or losses.ndim == 1 else losses.mean(dim=1))
+
+    @property
+    def task_weights(self) -> dict[str, float]:
+        """Each task's weight: the sum over its samples, or the mean over gradient entries."""
+        weights = self.weights
+        if weights is not None and weights.ndim == 2:
+            per_sample = self.losses is not None and self.losses.shape == weights.shape
+            weights = weights.sum(dim=1) if per_sample else weights.mean(dim=1)
+        return self._named(weights)
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Norm of each task's gradient over the shared parameters; empty if not measured."""
+        return self._named(None if self.gramian is None else self.gramian.diagonal().sqrt())
+
+    @property
+    def cosines(self) -> Tensor | None:
+        """Cosines between the tasks' gradients, ``[m, m]``; 0 where a gradient is 0; ``None`` if not measured."""
+        if self.gramian is None:
+            return None
+        norms = self.gramian.diagonal().sqrt()
+        scale = torch.where(norms > 0, 1 / norms, 0.0)
+        return scale[:, None] * self.gramian * scale
+
+    def _named(self, values: Tensor | None) -> dict[str, float]:
+        return {} if values is None else dict(zip(self.tasks, values.tolist(), strict=True))

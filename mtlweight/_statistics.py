@@ -1,0 +1,113 @@
+"""The numbers that weightings read: their dtype, and how they are given by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of losses, Gramians and alignments: float64, or float32 on a device that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def gramian_of(jacobian: Tensor, columns: int = 1 << 20) -> Tensor:
+    """``J Jᵀ`` in float64, whatever the dtype and the scale of ``J``.
+
+    Works on blocks of columns, each divided by its largest entry in the row: neither float32's range nor a copy of the
+    whole Jacobian is needed.
+    """
+    dtype = statistics_dtype(jacobian.device)
+    m, n = jacobian.shape
+    total = torch.zeros(m, m, dtype=dtype, device=jacobian.device)
+    if n == 0:
+        return total
+    for block in jacobian.split(columns, dim=1):
+        size = block.abs().amax(dim=1, keepdim=True)
+        unit = block / torch.where(size == 0, 1.0, size)
+        size = size.to(dtype)
+        total += (unit @ unit.T).to(dtype) * size * size.T
+    return total
+
+
+class Given:
+    """A source of values given by hand, for tests, notebooks and people without the optimizer.
+
+    Args:
+        losses: ``[m]`` or ``[m, b]``.
+        gramian: ``[m, m]``; computed from ``jacobian`` if left out.
+        jacobian: ``[m, n]``.
+        alignment: ``[m]`` or ``[m, b]``.
+        tasks: names of the rows, ``"0"``, ``"1"``, ... if left out.
+
+    Raises:
+        MTLWeightError: if nothing is given or the values disagree about the number of tasks.
+    """
+
+    def __init__(
+        self,
+        *,
+        losses: Tensor | None = None,
+        gramian: Tensor | None = None,
+        jacobian: Tensor | None = None,
+        alignment: Tensor | None = None,
+        tasks: tuple[str, ...] | None = None,
+    ) -> None:
+        given = {"losses": losses, "gramian": gramian, "jacobian": jacobian, "alignment": alignment}
+        self._given = {name: value.detach() for name, value in given.items() if value is not None}
+        if not self._given:
+            raise MTLWeightError("Expected at least one of losses, gramian, jacobian, alignment; found none. Pass one.")
+        for name, value in self._given.items():
+            ranks = {"losses": (1, 2), "alignment": (1, 2)}.get(name, (2,))
+            if value.ndim not in ranks or len(value) == 0 or (name == "gramian" and value.shape[0] != value.shape[1]):
+                shape = {"gramian": "[m, m]", "jacobian": "[m, n]"}.get(name, "[m] or [m, b]")
+                raise MTLWeightError(
+                    f"Expected {name} of shape {shape} with m >= 1, found {list(value.shape)}. Pass one row a task."
+                )
+        counts = {name: len(value) for name, value in self._given.items()}
+        if tasks is not None:
+            counts["tasks"] = len(tasks)
+        if len(set(counts.values())) > 1:
+            raise MTLWeightError(
+                f"Expected the same number of tasks in each argument, found {counts}. Make them agree."
+            )
+        first = next(iter(self._given.values()))
+        self.tasks = tasks or tuple(str(i) for i in range(len(first)))
+        self.device = first.device
+        self.dtype = first.dtype
+
+    def losses(self) -> Tensor:
+        return self._take("losses").to(statistics_dtype(self.device))
+
+    def gramian(self, coefficients: Tensor | None) -> Tensor:
+        self._no(coefficients)
+        if "gramian" in self._given:
+            return self._given["gramian"].to(statistics_dtype(self.device))
+        return gramian_of(self.jacobian(None)) if "jacobian" in self._given else self._take("gramian")
+
+    def jacobian(self, coefficients: Tensor | None) -> Tensor:
+        self._no(coefficients)
+        jacobian = self._take("jacobian")
+        return jacobian if jacobian.dtype == torch.float64 else jacobian.float()
+
+    def alignment(self) -> Tensor:
+        return self._take("alignment").to(statistics_dtype(self.device))
+
+    def reference_gradient(self) -> Tensor:
+        return self._take("the reference's gradient")
+
+    def _take(self, name: str) -> Tensor:
+        if name not in self._given:
+            raise MTLWeightError(
+                f"The weighting reads {name}, found only {', '.join(self._given)}. Pass {name}=... in the call."
+            )
+        return self._given[name]
+
+    def _no(self, coefficients: Tensor | None) -> None:
+        if coefficients is not None:
+            raise MTLWeightError(
+                "Gradients of sample-weighted losses cannot be told from a given Gramian or Jacobian. Expected no "
+                "weighting per sample before one that reads gradients, found one. Use MultiTaskOptimizer.combine."
+            )

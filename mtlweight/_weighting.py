@@ -1,0 +1,182 @@
+"""What a weighting is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+from mtlweight._statistics import Given
+from mtlweight._view import Needs, State, View
+
+Level = Literal["task", "sample", "entry"]
+"""What a weighting writes: a weight per task ``[m]``, per sample ``[m, b]``, or per gradient entry ``[m, n]``."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a weighting claims about its weights. Claims are tested in both directions.
+
+    Args:
+        nonnegative: no weight is below zero.
+        total: the sum of the weights, whatever the input; ``None`` if it varies.
+        nonconflicting: ``G w >= 0``: to first order the step raises no task's loss.
+        scale_degree: multiplying all losses (and so all gradients) by ``c > 0`` multiplies the weights by
+            ``c ** scale_degree``: 0 is invariance, -1 makes the step invariant; ``None`` is neither.
+        random: reads ``view.generator``.
+        losses: the losses it is defined for: ``"real"``, or ``"positive"``.
+    """
+
+    nonnegative: bool = False
+    total: float | None = None
+    nonconflicting: bool = False
+    scale_degree: int | None = None
+    random: bool = False
+    losses: Literal["real", "positive"] = "real"
+
+
+@dataclass(frozen=True)
+class ReferenceUse:
+    """How a weighting uses the reference objective.
+
+    Args:
+        main: name of the task that the reference belongs to; ``None`` if it belongs to none.
+        scope: parameters over which gradients are compared: ``"shared"``; ``"main"``, the shared ones and the main
+            task's head; ``"all"``, every parameter of the wrapped optimizer.
+        learn: how much of the reference's own gradient joins the step.
+    """
+
+    main: str | None = None
+    scope: Literal["shared", "main", "all"] = "shared"
+    learn: float = 0.0
+
+
+class Weighting(ABC):
+    """Decides how much each task, sample or gradient entry counts in the step.
+
+    A weighting is an immutable value: subclass as a frozen dataclass of hyperparameters. What changes from step to
+    step lives in an explicit state, which the optimizer owns, saves and rolls back. A subclass declares :attr:`needs`
+    and implements :meth:`weigh`:
+
+    >>> @dataclass(frozen=True)
+    ... class InverseNorm(Weighting):
+    ...     needs = Needs.GRAMIAN
+    ...
+    ...     def weigh(self, view, state):
+    ...         return 1 / view.gramian.diagonal().sqrt(), state
+    >>> InverseNorm()(gramian=torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
+    tensor([0.5000, 1.0000])
+
+    The properties below are overridden by plain class attributes, as ``needs`` is above.
+    """
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What it reads from the view."""
+
+    @property
+    def writes(self) -> Level:
+        """The shape of its weights: ``"task"`` ``[m]``, ``"sample"`` ``[m, b]`` or ``"entry"`` ``[m, n]``."""
+        return "task"
+
+    @property
+    def traits(self) -> Traits:
+        """What it claims about its weights."""
+        return Traits()
+
+    @property
+    def reference(self) -> ReferenceUse | None:
+        """How it uses the reference objective; ``None`` if it does not read the alignment."""
+        return None
+
+    @property
+    def observes(self) -> bool:
+        """Whether :meth:`observe` is to be called after the step."""
+        return False
+
+    def needs_at(self, step: int) -> Needs:
+        """What it reads at this step: at most :attr:`needs`. Lets an engine prepare exactly that."""
+        del step
+        return self.needs
+
+    def init(self, view: View) -> State:
+        """The state before the first step. Tasks may come later: keep per-task values in ``view.scatter`` tables."""
+        del view
+        return {}
+
+    @abstractmethod
+    def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
+        """The weights for this batch, and the state after it. Changes neither the view nor the given state."""
+
+    def observe(self, view: View, state: State) -> State:
+        """The state after the step, from a view of the same batch's losses at the new parameters.
+
+        Called only if ``observes`` is true; the losses must then be given as a callable.
+        """
+        del view
+        return state
+
+    def __rshift__(self, then: Weighting) -> Weighting:
+        """``self >> then``: ``then`` sees the problem weighted by ``self``; the weights multiply."""
+        from mtlweight.compose import chain  # `>>` is notation for it; combinators stand above the core
+
+        return chain(self, then)
+
+    def __call__(
+        self,
+        *,
+        losses: Tensor | None = None,
+        gramian: Tensor | None = None,
+        jacobian: Tensor | None = None,
+        alignment: Tensor | None = None,
+    ) -> Tensor:
+        """Weights from given statistics and a fresh state: for tests, notebooks and people without the optimizer.
+
+        Args:
+            losses: ``[m]`` or ``[m, b]``.
+            gramian: ``[m, m]``; computed from ``jacobian`` if left out.
+            jacobian: ``[m, n]``.
+            alignment: ``[m]`` or ``[m, b]``.
+
+        Returns:
+            Tensor: the weights, in the dtype and on the device of the first argument given.
+
+        Raises:
+            MTLWeightError: if what the weighting reads is missing or has a wrong shape.
+        """
+        given = Given(losses=losses, gramian=gramian, jacobian=jacobian, alignment=alignment)
+        weights, _ = evaluate(self, View(given), None)
+        return weights.to(given.dtype)
+
+
+def evaluate(weighting: Weighting, view: View, state: State | None) -> tuple[Tensor, State]:
+    """Runs one weighting on a view restricted to what it declares, and checks what it wrote.
+
+    Args:
+        weighting: the weighting.
+        view: the batch.
+        state: its state; ``None`` to start from :meth:`Weighting.init`.
+
+    Returns:
+        tuple[Tensor, State]: detached weights on the view's device, and the state after the batch.
+
+    Raises:
+        MTLWeightError: if the weights do not have the shape that ``weighting.writes`` says.
+    """
+    mine = view.restricted(weighting.needs)
+    with torch.no_grad():
+        weights, state = weighting.weigh(mine, weighting.init(mine) if state is None else state)
+    m = len(view.tasks)
+    shape = tuple(weights.shape)
+    if len(shape) != (1 if weighting.writes == "task" else 2) or shape[0] != m:
+        expected = {"task": f"[{m}]", "sample": f"[{m}, b]", "entry": f"[{m}, n]"}[weighting.writes]
+        raise MTLWeightError(
+            f"{type(weighting).__name__} writes weights per {weighting.writes}: expected shape {expected}, found "
+            f"{list(shape)}. Return that shape, or set `writes` to what it returns."
+        )
+    return weights.detach(), state

@@ -1,0 +1,88 @@
+"""Weightings one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+from mtlweight._view import MIXED_LEVELS, State, View
+from mtlweight._weighting import Traits, Weighting, evaluate
+from mtlweight.compose._combinator import Combinator, substate
+
+
+@dataclass(frozen=True, repr=False)
+class Chain(Combinator):
+    """Weightings one after the other; see :func:`chain`."""
+
+    links: tuple[Weighting, ...]
+
+    def __post_init__(self) -> None:
+        if {"sample", "entry"} <= {link.writes for link in self.links}:
+            raise MTLWeightError(MIXED_LEVELS)
+        uses = {link.reference for link in self.links} - {None}
+        if len(uses) > 1:
+            raise MTLWeightError(
+                "One reference objective serves the whole chain: expected links that agree on main task, scope and "
+                f"learn_reference, found {uses}. Give all of them the same."
+            )
+
+    @property
+    def parts(self) -> tuple[Weighting, ...]:
+        """The links."""
+        return self.links
+
+    @property
+    def traits(self) -> Traits:
+        """What a product of the links' weights keeps of their claims."""
+        traits = [link.traits for link in self.links]
+        degrees = [trait.scale_degree for trait in traits]
+        return Traits(
+            nonnegative=all(trait.nonnegative for trait in traits),
+            scale_degree=0 if all(degree == 0 for degree in degrees) else None,
+            random=any(trait.random for trait in traits),
+            losses="positive" if any(trait.losses == "positive" for trait in traits) else "real",
+        )
+
+    def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
+        """Each link sees the problem weighted by the links before it; the weights multiply."""
+        columns = self.writes != "task"
+        total = torch.ones(len(view.tasks), dtype=view.dtype, device=view.device)
+        total = total[:, None] if columns else total
+        states: dict[str, Tensor | State] = {}
+        for i, link in enumerate(self.links):
+            weights, states[str(i)] = evaluate(link, view, substate(state, i))
+            view = view.scaled(weights, link.writes)
+            total = total * (weights[:, None] if columns and weights.ndim == 1 else weights)
+        return total, states
+
+    def __repr__(self) -> str:
+        return " >> ".join(map(repr, self.links))
+
+
+def chain(*weightings: Weighting) -> Weighting:
+    """Chains weightings: each sees the problem as weighted by those before it, and all weights multiply.
+
+    ``chain(A, B, C)`` is ``A >> B >> C``; nested chains are flattened, so it is associative, and ``Constant(1)`` is its
+    identity. A weighting per sample followed by one per task: the second sees the tasks' weighted totals.
+
+    Args:
+        weightings: one or more weightings.
+
+    Raises:
+        MTLWeightError: if there is none, if one writes ``[m, b]`` and another ``[m, n]``, or if two of them use the
+            reference objective differently.
+    """
+    links = [
+        link for weighting in weightings for link in (weighting.links if isinstance(weighting, Chain) else [weighting])
+    ]
+    for link in links:
+        if not isinstance(link, Weighting):
+            raise MTLWeightError(
+                f"Expected weightings in a chain, found {link!r}. Pass objects such as UW() or PCGrad()."
+            )
+    if not links:
+        raise MTLWeightError("Expected at least one weighting in a chain, found none. Use Constant(1) for no effect.")
+    return links[0] if len(links) == 1 else Chain(tuple(links))

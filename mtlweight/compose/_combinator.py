@@ -1,0 +1,60 @@
+"""What all combinators share."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+from mtlweight._view import Needs, State, View
+from mtlweight._weighting import Level, ReferenceUse, Weighting
+
+
+class Combinator(Weighting):
+    """A weighting made of others: reads, writes and uses what they do. Their states lie under ``"0"``, ``"1"``, ..."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Weighting, ...]:
+        """The weightings that it is made of."""
+
+    @property
+    def needs(self) -> Needs:
+        """What its parts read."""
+        return _union(part.needs for part in self.parts)
+
+    def needs_at(self, step: int) -> Needs:
+        """What its parts read at this step."""
+        return _union(part.needs_at(step) for part in self.parts)
+
+    @property
+    def writes(self) -> Level:
+        """The finest level that its parts write."""
+        levels = {part.writes for part in self.parts}
+        return "sample" if "sample" in levels else "entry" if "entry" in levels else "task"
+
+    @property
+    def reference(self) -> ReferenceUse | None:
+        """The one use of the reference that its parts agree on."""
+        return next((part.reference for part in self.parts if part.reference is not None), None)
+
+    @property
+    def observes(self) -> bool:
+        """Whether any part observes."""
+        return any(part.observes for part in self.parts)
+
+    def observe(self, view: View, state: State) -> State:
+        """Lets each part that observes do so."""
+        seen = {str(i): part.observe(view, substate(state, i)) for i, part in enumerate(self.parts) if part.observes}
+        return {**state, **seen}
+
+
+def substate(state: State, part: int) -> Any:
+    """The state of one part of a combinator; ``None`` before its first step."""
+    return state.get(str(part))
+
+
+def _union(needs: Iterable[Needs]) -> Needs:
+    return functools.reduce(operator.or_, needs, Needs.NOTHING)

@@ -1,0 +1,75 @@
+"""Exponential moving average of weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+from mtlweight._view import State, View
+from mtlweight._weighting import Traits, Weighting, evaluate
+from mtlweight.compose._combinator import Combinator, substate
+
+
+@dataclass(frozen=True, repr=False)
+class _EMA(Combinator):
+    inner: Weighting
+    decay: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise MTLWeightError(f"ema: expected decay in [0, 1), found {self.decay}. 0 is no averaging.")
+        if self.inner.writes != "task":
+            raise MTLWeightError(
+                f"ema averages weights per task over steps; found {self.inner!r}, which writes one per "
+                f"{self.inner.writes}, and the next batch has other ones. Wrap a weighting per task."
+            )
+
+    @property
+    def parts(self) -> tuple[Weighting, ...]:
+        return (self.inner,)
+
+    @property
+    def traits(self) -> Traits:
+        inner = self.inner.traits
+        return Traits(
+            nonnegative=inner.nonnegative,
+            scale_degree=inner.scale_degree if inner.scale_degree == 0 else None,
+            random=inner.random,
+            losses=inner.losses,
+        )
+
+    def init(self, view: View) -> State:
+        return {"average": {}}
+
+    def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
+        weights, inner = evaluate(self.inner, view, substate(state, 0))
+        table = state["average"]
+        known = torch.tensor([task in table for task in view.tasks], device=view.device)
+        old = view.gather(table, default=0.0)
+        average = torch.where(known, self.decay * old + (1 - self.decay) * weights, weights)
+        return average, {"average": view.scatter(table, average), "0": inner}
+
+    def __repr__(self) -> str:
+        return f"ema({self.inner!r}, decay={self.decay})"
+
+
+def ema(inner: Weighting, decay: float = 0.9) -> Weighting:
+    """Smooths a weighting's weights over steps: ``v ← decay·v + (1 - decay)·w``, per task.
+
+    A task's average starts at its first weight, and rests while the task is absent.
+
+    Args:
+        inner: a weighting per task.
+        decay: share of the old average, in ``[0, 1)``. Our default: 0.9.
+
+    Raises:
+        MTLWeightError: if ``decay`` is out of range or ``inner`` writes weights per sample or per entry.
+
+    >>> from mtlweight import DWA
+    >>> ema(DWA(), decay=0.5)(losses=torch.tensor([1.0, 2.0]))
+    tensor([1., 1.])
+    """
+    return _EMA(inner, decay)

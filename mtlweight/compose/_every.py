@@ -1,0 +1,73 @@
+"""Weights that are renewed only every k-th step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+from mtlweight._view import Needs, State, View
+from mtlweight._weighting import Traits, Weighting, evaluate
+from mtlweight.compose._combinator import Combinator, substate
+
+
+@dataclass(frozen=True, repr=False)
+class _Every(Combinator):
+    k: int
+    inner: Weighting
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise MTLWeightError(f"every: expected k >= 1, found {self.k}. 1 renews the weights at each step.")
+        if self.inner.writes != "task":
+            raise MTLWeightError(
+                f"every keeps weights per task between steps; found {self.inner!r}, which writes one per "
+                f"{self.inner.writes}, and the next batch has other ones. Wrap a weighting per task."
+            )
+
+    @property
+    def parts(self) -> tuple[Weighting, ...]:
+        return (self.inner,)
+
+    @property
+    def traits(self) -> Traits:
+        inner = self.inner.traits
+        return Traits(nonnegative=inner.nonnegative, random=inner.random, losses=inner.losses)
+
+    def needs_at(self, step: int) -> Needs:
+        return self.inner.needs_at(step) if step % self.k == 0 else Needs.NOTHING
+
+    def init(self, view: View) -> State:
+        return {"kept": {}}
+
+    def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
+        table = state["kept"]
+        if view.step % self.k and all(task in table for task in view.tasks):
+            return view.gather(table), state
+        weights, inner = evaluate(self.inner, view, substate(state, 0))
+        return weights, {"kept": view.scatter(table, weights), "0": inner}
+
+    def __repr__(self) -> str:
+        return f"every({self.k}, {self.inner!r})"
+
+
+def every(k: int, inner: Weighting) -> Weighting:
+    """Renews a weighting's weights at every ``k``-th step and keeps them in between, to share its cost.
+
+    In between nothing is measured, so that the step costs as much as a plain one. A task without kept weights (it is
+    new, or was absent so far) makes the weights be renewed at once.
+
+    Args:
+        k: number of steps that share one set of weights.
+        inner: a weighting per task.
+
+    Raises:
+        MTLWeightError: if ``k < 1`` or ``inner`` writes weights per sample or per entry.
+
+    >>> import torch
+    >>> from mtlweight import MGDA
+    >>> every(10, MGDA())(gramian=torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    tensor([0.7500, 0.2500])
+    """
+    return _Every(k, inner)

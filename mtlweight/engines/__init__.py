@@ -1,0 +1,7 @@
+"""Engines: how a view is filled. Each computes what a weighting declares, and nothing else."""
+
+from mtlweight.engines._again import look_again, snapshot
+from mtlweight.engines._batch import ENGINES, Batch, Plan, read
+from mtlweight.engines.features import Capture
+
+__all__ = ["ENGINES", "Batch", "Capture", "Plan", "look_again", "read", "snapshot"]

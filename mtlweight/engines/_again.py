@@ -1,0 +1,52 @@
+"""Running a user's closure once more as if it had not been run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mtlweight._statistics import Given
+from mtlweight.engines import _losses
+
+
+def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """A function that puts the modules' buffers and torch's random state back to what they are now."""
+    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return restore
+
+
+def look_again(
+    closure: Callable[[], Any], modules: Iterable[nn.Module], rewind: Callable[[], None], tasks: tuple[str, ...]
+) -> Given:
+    """The losses of the same batch at the present parameters, without a graph.
+
+    Dropout draws the masks that it drew the first time; afterwards buffers and random state are as before the call.
+
+    Args:
+        closure: returns the losses.
+        modules: their buffers are restored.
+        rewind: puts the random state back to what it was before the first evaluation.
+        tasks: the tasks to keep.
+    """
+    restore = snapshot(modules)
+    rewind()
+    try:
+        with torch.no_grad():
+            losses = _losses.named(closure(), graph=False)
+    finally:
+        restore()
+    return Given(losses=_losses.stack({task: losses[task] for task in tasks}), tasks=tasks)

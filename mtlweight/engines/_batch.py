@@ -1,0 +1,494 @@
+"""One batch: its losses, what the engines measure of them, and the scalar whose backward is the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtlweight._errors import MTLWeightError, NonFiniteError
+from mtlweight._statistics import gramian_of, statistics_dtype
+from mtlweight._view import Needs
+from mtlweight._weighting import Level, ReferenceUse
+from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
+from mtlweight.engines._graph import leaves
+
+GRADIENT_ENGINES = ("rows", "batched", "features", "samples")
+ALIGNMENT_ENGINES = ("forward", "pullback", "samples", "rows")
+Pairs = list[tuple[Tensor, Tensor | None]]
+"""Leaves with the gradients that they are to get."""
+ENGINES = ("auto", "rows", "batched", "features", "forward", "pullback", "samples")
+
+
+@dataclass
+class Plan:
+    """What an engine has to know before a batch.
+
+    Args:
+        name: the weighting, for messages.
+        needs: what will be read at this step.
+        writes: the level of the weights.
+        use: how the reference is used.
+        engine: one of :data:`ENGINES`.
+        heads: ``"weighted"`` or ``"unweighted"``.
+        shared: shared parameters that require grad; ``None`` if none were named.
+        trainable: the wrapped optimizer's parameters that require grad.
+        modules: modules that the user named and whose parameters the forward engine may swap.
+        capture: records the shared representation, for the features engine.
+        broken: engines that have fallen back before, with the cause.
+        warn: called with an engine's name and the cause at each fallback.
+    """
+
+    name: str
+    needs: Needs
+    writes: Level
+    use: ReferenceUse | None
+    engine: str
+    heads: str
+    shared: list[Tensor] | None
+    trainable: list[Tensor]
+    modules: list[nn.Module]
+    capture: features.Capture | None
+    broken: Mapping[str, str]
+    warn: Callable[[str, str], None]
+    used: list[str] = field(default_factory=list)
+
+    @property
+    def gradient_engine(self) -> str:
+        """The engine for Jacobians and Gramians. One backward a row where none was named: see docs/benchmarks.md."""
+        return self.engine if self.engine in GRADIENT_ENGINES else "rows"
+
+    @property
+    def alignment_engine(self) -> str:
+        """The engine for alignments."""
+        return self.engine if self.engine in ALIGNMENT_ENGINES else "auto"
+
+    def shared_for(self, what: str) -> list[Tensor]:
+        """The shared parameters, or an error that says who needs them."""
+        if self.shared is None:
+            raise MTLWeightError(
+                f"{self.name} reads {what}, but no shared parameters are known. Pass shared=... to MultiTaskOptimizer: "
+                "parameters, a module, or several modules."
+            )
+        if not self.shared:
+            raise MTLWeightError(
+                f"{self.name} reads {what}, but no shared parameter requires grad. Expected at least one; unfreeze it."
+            )
+        return self.shared
+
+
+class Reference:
+    """The gradient of the reference objective, computed once.
+
+    Args:
+        objective: the reference as the user gave it.
+        plan: says over which parameters.
+    """
+
+    def __init__(self, objective: Any, plan: Plan) -> None:
+        called = callable(objective) and not isinstance(objective, Tensor)
+        loss = _losses.scalar(objective() if called else objective)
+        use = plan.use or ReferenceUse()
+        reached = leaves([loss])
+        trainable = {id(p) for p in plan.trainable}
+        if use.scope == "all":
+            scope = [p for p in reached if id(p) in trainable]
+        else:
+            shared = {id(p) for p in plan.shared_for("the alignment")}
+            scope = [p for p in reached if id(p) in shared or (use.scope == "main" and id(p) in trainable)]
+            if not any(id(p) in shared for p in scope):
+                raise MTLWeightError(
+                    "No shared parameter is in the reference's graph: expected the reference to be computed through "
+                    "the shared parameters, found other parameters only. Use the same model for losses and reference."
+                )
+        wanted = reached if use.learn else scope
+        # A tensor may share its graph with the losses; a callable's graph is ours alone.
+        gradients = torch.autograd.grad(loss, wanted, retain_graph=not called, allow_unused=True)
+        known = [(p, _dense(g)) for p, g in zip(wanted, gradients, strict=True) if g is not None]
+        if not _finite(torch.stack([torch.linalg.vector_norm(g, torch.inf).double() for _, g in known])):
+            raise NonFiniteError(
+                "The gradient of the reference is not finite: expected finite numbers, found NaN or infinity. Look at "
+                "the held-out batch and its loss."
+            )
+        self.learnt = known if use.learn else []
+        in_scope = {id(p) for p in scope}
+        self.parameters = [p for p, _ in known if id(p) in in_scope]
+        self.tangents = [g for p, g in known if id(p) in in_scope]
+
+
+class Batch:
+    """One batch's losses with what is measured of them: the :class:`~mtlweight._view.Source` of the optimizer's views.
+
+    Args:
+        losses: the present tasks' losses, with their graph.
+        plan: how to measure.
+        reference: the reference's gradient, if there is one.
+        alignment: one ``[b]`` or scalar tensor a task, if it is known already.
+    """
+
+    def __init__(
+        self,
+        losses: dict[str, Tensor],
+        plan: Plan,
+        reference: Reference | None = None,
+        alignment: dict[str, Tensor] | None = None,
+    ) -> None:
+        self._losses = losses
+        self._plan = plan
+        self._reference = reference
+        self._aligned = alignment
+        self._points = plan.capture.take() if plan.capture is not None else []
+        self._rows: _Rows | None = None
+        self._gramian: Tensor | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the present tasks."""
+        return tuple(self._losses)
+
+    @property
+    def device(self) -> torch.device:
+        """The first loss's device."""
+        return next(iter(self._losses.values())).device
+
+    def without(self, tasks: Sequence[str]) -> Batch:
+        """The batch as if these tasks were absent; what was measured of the others is kept."""
+        keep = [i for i, task in enumerate(self.tasks) if task not in tasks]
+        batch = Batch({t: loss for t, loss in self._losses.items() if t not in tasks}, self._plan, self._reference)
+        batch._points = self._points
+        batch._rows = None if self._rows is None else self._rows.subset(keep)
+        if self._aligned is not None:
+            batch._aligned = {t: values for t, values in self._aligned.items() if t not in tasks}
+        return batch
+
+    def losses(self) -> Tensor:
+        """``[m]`` or ``[m, b]``, detached."""
+        values = _losses.stack(self._losses).detach().to(statistics_dtype(self.device))
+        self._check("loss", values)
+        return values
+
+    def jacobian(self, coefficients: Tensor | None) -> Tensor:
+        """``[m, n]`` over the shared parameters, of the tasks' means or of the totals that ``coefficients`` make."""
+        if self._plan.gradient_engine == "features":
+            raise MTLWeightError(
+                f"{self._plan.name} reads the Jacobian over the shared parameters; the features engine measures "
+                "Gramians at the shared representation alone. Use engine='rows'."
+            )
+        if self._rows is None or self._rows.coefficients is not coefficients:
+            shared = self._plan.shared_for("gradients")
+            self._rows = self._measure(shared, coefficients, self._plan.gradient_engine)
+            if not self._rows.reached:
+                raise MTLWeightError(
+                    "No loss reaches the shared parameters: expected shared=... to name parameters in the losses' "
+                    "graph, found none of them there. Pass the parameters of the model that computed the losses."
+                )
+            self._check("gradient", torch.linalg.vector_norm(self._rows.matrix, torch.inf, dim=1))
+        return self._rows.matrix
+
+    def gramian(self, coefficients: Tensor | None) -> Tensor:
+        """``[m, m]``: over the shared parameters, or at the shared representation for the features engine."""
+        if self._plan.gradient_engine != "features":
+            self._gramian = gramian_of(self.jacobian(coefficients))
+            return self._gramian
+        measured = self._measure(self._points, coefficients, "rows", keep_graph=True) if self._points else None
+        if measured is None or not measured.reached:
+            raise MTLWeightError(
+                "engine='features' found no shared representation in the losses' graph: expected the modules in "
+                "shared=... to be called with gradients enabled since the last zero_grad. Call them through their "
+                "forward."
+            )
+        self._check("gradient", torch.linalg.vector_norm(measured.matrix, torch.inf, dim=1))
+        self._gramian = gramian_of(measured.matrix)
+        return self._gramian
+
+    def alignment(self) -> Tensor:
+        """``<∇ℓ, g_ref>``: ``[m]`` or ``[m, b]``, like the losses."""
+        if self._aligned is None:
+            self._aligned = self._align()
+        values = _losses.stack(self._aligned).detach().to(statistics_dtype(self.device))
+        self._check("gradient's product with the reference's gradient", values)
+        return values
+
+    def reference_gradient(self) -> Tensor:
+        """``g_ref`` over the shared parameters, ``[n]``."""
+        reference = self._with_reference()
+        known = {id(p): g for p, g in zip(reference.parameters, reference.tangents, strict=True)}
+        shared = self._plan.shared_for("the alignment")
+        dtype = _row_dtype(shared)
+        return torch.cat([known.get(id(p), torch.zeros_like(p)).detach().to(dtype).flatten() for p in shared])
+
+    def measured(self) -> dict[str, Any]:
+        """What the report keeps."""
+        return {
+            "tasks": self.tasks,
+            "losses": _losses.stack(self._losses).detach(),
+            "gramian": self._gramian,
+            "alignment": None if self._aligned is None else _losses.stack(self._aligned).detach(),
+            "engine": "+".join(dict.fromkeys(self._plan.used)),
+        }
+
+    def combined(self, weights: Tensor, writes: Level) -> Tensor:
+        """The scalar whose backward is the weighted step, and whose value is the plain sum of the tasks' losses."""
+        stacked = _losses.stack(self._losses)
+        plain = stacked if stacked.ndim == 1 else stacked.mean(dim=1)
+        value = plain.detach().sum()
+        rows = self._rows
+        if writes == "entry" or (writes == "task" and rows is not None and rows.coefficients is None):
+            assert rows is not None
+            scalar = _inject(value, rows.step(weights, writes, self._plan.heads))
+        else:
+            terms = plain if writes == "task" else stacked
+            total = (weights.to(terms.dtype) * terms).sum()
+            if self._plan.heads == "unweighted" and self._plan.shared is not None:
+                scalar = _inject(value, self._two_backwards(total, plain.sum()))
+            else:
+                scalar = value + (total - total.detach())
+        if self._reference is not None and self._plan.use is not None and self._reference.learnt:
+            learnt: Pairs = [(p, self._plan.use.learn * g) for p, g in self._reference.learnt]
+            scalar = scalar + _inject(torch.zeros_like(value), learnt)
+        return scalar
+
+    def idle(self) -> Tensor:
+        """A scalar whose backward changes nothing: for a step that is skipped."""
+        values = [loss.detach().mean() for loss in self._losses.values()]
+        device = values[0].device if values else self._plan.trainable[0].device
+        value = torch.stack(values).sum() if values else torch.zeros((), device=device)
+        return _inject(value, [(p, None) for p in self._plan.trainable])
+
+    @torch.enable_grad()  # weigh runs without gradients, measuring needs them
+    def _align(self) -> dict[str, Tensor]:
+        plan, reference = self._plan, self._with_reference()
+        losses = list(self._losses.values())
+        parameters, tangents = reference.parameters, reference.tangents
+        if plan.use is not None and plan.use.scope == "main":
+            parameters, tangents = _main_scope(plan, self._losses, parameters, tangents)
+        engine = plan.alignment_engine
+        values: Tensor | None = None
+        if engine in ("auto", "forward", "pullback"):
+            cause = plan.broken.get("pullback")
+            if cause is None:
+                try:
+                    engine, values = "pullback", pullback.alignment(losses, parameters, tangents)
+                except RuntimeError as error:
+                    _name_freed_graph(error)
+                    cause = forward.cause(error)
+            if values is None:
+                plan.warn("pullback", str(cause))
+                engine = "rows"
+        if values is None:
+            values = (samples if engine == "samples" else rows).alignment(losses, parameters, tangents)
+        plan.used.append(engine)
+        return dict(zip(self._losses, values.unbind(), strict=True))
+
+    def _with_reference(self) -> Reference:
+        if self._reference is None:
+            raise MTLWeightError(
+                f"{self._plan.name} compares gradients with a reference objective: expected combine(losses, "
+                "reference=...), found no reference. Pass the main task's loss on held-out data, as a tensor or a "
+                "callable."
+            )
+        return self._reference
+
+    @torch.enable_grad()  # as above
+    def _measure(
+        self, inputs: list[Tensor], coefficients: Tensor | None, engine: str, keep_graph: bool | None = None
+    ) -> _Rows:
+        plan = self._plan
+        plan.used.append(plan.gradient_engine)
+        losses = list(self._losses.values())
+        outputs = [
+            (loss if loss.ndim == 0 else loss.mean())
+            if coefficients is None
+            else (coefficients[t].to(loss.dtype) * loss).sum()
+            for t, loss in enumerate(losses)
+        ]
+        # The graph is needed again only if the step is an ordinary backward, or alignments are still to come.
+        final = plan.writes != "sample" and coefficients is None and keep_graph is None
+        keep = not final or (Needs.ALIGNMENT in plan.needs and self._aligned is None)
+        known = {id(p) for p in inputs}
+        rest = [p for p in leaves(outputs) if id(p) not in known] if final else []
+        every = [*inputs, *rest]
+        try:
+            if engine == "samples":
+                gradients = samples.gradients(losses, every, coefficients)
+            else:
+                gradients = {"rows": rows, "batched": batched}[engine].gradients(outputs, every, keep_graph=keep)
+            return _Rows.collect(gradients, inputs, rest, len(outputs), coefficients)
+        except RuntimeError as error:
+            _name_freed_graph(error)
+            raise
+
+    def _two_backwards(self, weighted: Tensor, plain: Tensor) -> Pairs:
+        shared = self._plan.shared_for("shared parameters")
+        known = {id(p) for p in shared}
+        rest = [p for p in leaves([plain]) if id(p) not in known]
+        first = torch.autograd.grad(weighted, shared, retain_graph=True, allow_unused=True)
+        second = torch.autograd.grad(plain, rest, allow_unused=True) if rest else ()
+        return [*zip(shared, first, strict=True), *zip(rest, second, strict=True)]
+
+    def _check(self, what: str, values: Tensor) -> None:
+        finite = values.isfinite().reshape(len(values), -1).all(dim=1)
+        if not _finite(values):
+            bad = [task for task, fine in zip(self.tasks, finite.tolist(), strict=True) if not fine]
+            raise NonFiniteError(
+                f"The {what} of task {', '.join(bad)} is not finite: expected finite numbers, found NaN or infinity. "
+                "Look at its batch, or choose on_nonfinite='skip' or 'drop'.",
+                tasks=bad,
+            )
+
+
+@dataclass
+class _Rows:
+    """The tasks' gradients: flat over the inputs, and one by one over all other leaves."""
+
+    inputs: list[Tensor]
+    rest: list[Tensor]
+    matrix: Tensor
+    heads: list[list[Tensor | None]]
+    coefficients: Tensor | None
+    reached: bool
+
+    @staticmethod
+    def collect(gradients: Any, inputs: list[Tensor], rest: list[Tensor], m: int, coefficients: Tensor | None) -> _Rows:
+        sizes = [p.numel() for p in inputs]
+        matrix = torch.zeros(m, sum(sizes), dtype=_row_dtype(inputs), device=inputs[0].device)
+        heads: list[list[Tensor | None]] = []
+        reached = False
+        for row, found in zip(matrix, gradients, strict=True):
+            for part, gradient in zip(row.split(sizes), found, strict=False):
+                if gradient is not None:
+                    reached = True
+                    part.copy_(_dense(gradient).flatten())
+            heads.append([None if g is None else _dense(g) for g in found[len(inputs) :]])
+        return _Rows(inputs, rest, matrix, heads, coefficients, reached)
+
+    def subset(self, keep: list[int]) -> _Rows:
+        return _Rows(
+            self.inputs, self.rest, self.matrix[keep], [self.heads[i] for i in keep], self.coefficients, self.reached
+        )
+
+    def step(self, weights: Tensor, writes: Level, heads: str) -> Pairs:
+        weights = weights.to(self.matrix.dtype)
+        direction = weights @ self.matrix if writes == "task" else (weights * self.matrix).sum(dim=0)
+        parts = direction.split([p.numel() for p in self.inputs])
+        pairs: Pairs = [(p, d.view(p.shape)) for p, d in zip(self.inputs, parts, strict=True)]
+        factors = weights if writes == "task" and heads == "weighted" else torch.ones_like(self.matrix[:, 0])
+        for k, p in enumerate(self.rest):
+            terms = [
+                factors[t].to(torch.promote_types(g.dtype, torch.float32)) * g
+                for t, g in enumerate(row[k] for row in self.heads)
+                if g is not None
+            ]
+            pairs.append((p, sum(terms[1:], terms[0]) if terms else None))
+        return pairs
+
+
+class _Inject(torch.autograd.Function):
+    """A scalar of a given value whose backward hands given gradients to given leaves, times the incoming gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *pairs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*pairs[count:])
+        ctx.dtypes = [p.dtype for p in pairs[:count] if p is not None]
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        written = [
+            None if g is None else (incoming.to(g.device) * g).to(dtype)
+            for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (None, None, *written, *[None] * len(gradients))
+
+
+def _inject(value: Tensor, pairs: Pairs) -> Tensor:
+    scalar: Tensor = _Inject.apply(value, len(pairs), *[p for p, _ in pairs], *[g for _, g in pairs])  # type: ignore[no-untyped-call]  # torch's
+    return scalar
+
+
+def _main_scope(
+    plan: Plan, losses: dict[str, Tensor], parameters: list[Tensor], tangents: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that are shared or that the main task's loss reaches."""
+    main = plan.use.main if plan.use is not None else None
+    allowed = {id(p) for p in plan.shared or []}
+    if main is not None and main in losses:
+        allowed |= {id(p) for p in leaves([losses[main]])}
+    kept = [(p, g) for p, g in zip(parameters, tangents, strict=True) if id(p) in allowed]
+    return [p for p, _ in kept], [g for _, g in kept]
+
+
+def _name_freed_graph(error: RuntimeError) -> None:
+    if "second time" in str(error) or "freed" in str(error):
+        raise MTLWeightError(
+            "The losses' graph was freed by an earlier backward or combine. Expected a fresh graph: compute the "
+            "losses again before each combine, or pass them as a callable."
+        ) from error
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(values.isfinite().all())
+
+
+def _row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    dtype = torch.float32
+    for p in parameters:
+        dtype = torch.promote_types(dtype, p.dtype)
+    return dtype
+
+
+def read(losses: Any, reference: Any, plan: Plan) -> Batch:
+    """Evaluates losses and reference as the plan needs them.
+
+    Args:
+        losses: mapping, tensor, or callable that returns one of these.
+        reference: scalar or ``[b]`` tensor, callable that returns one, or ``None``.
+        plan: how to measure.
+
+    Raises:
+        MTLWeightError: for losses or a reference of the wrong form.
+    """
+    wants_reference = Needs.ALIGNMENT in plan.needs or (plan.use is not None and plan.use.learn > 0)
+    known = Reference(reference, plan) if reference is not None and wants_reference else None
+    if not callable(losses) or isinstance(losses, Tensor):
+        if plan.engine == "forward":
+            raise MTLWeightError(
+                "engine='forward' runs the forward pass itself: expected losses as a callable, found computed ones. "
+                "Pass combine(lambda: losses(model, batch), ...), or use engine='pullback'."
+            )
+        return Batch(_losses.named(losses), plan, known)
+    if plan.capture is not None:
+        plan.capture.clear()
+    if known is None or Needs.ALIGNMENT not in plan.needs or plan.alignment_engine not in ("auto", "forward"):
+        return Batch(_losses.named(losses()), plan, known)
+    if not forward.owns(plan.modules, known.parameters):
+        if plan.engine == "forward":
+            raise MTLWeightError(
+                "engine='forward' swaps the parameters of modules: expected model=... (or shared=... as modules) to "
+                "hold all parameters in scope, found some elsewhere. Pass model=... to MultiTaskOptimizer."
+            )
+        return Batch(_losses.named(losses()), plan, known)
+    if "forward" in plan.broken:
+        plan.warn("forward", plan.broken["forward"])
+        return Batch(_losses.named(losses()), plan, known)
+    try:
+        present, aligned = forward.losses_and_tangents(losses, plan.modules, known.parameters, known.tangents)
+    except (RuntimeError, NotImplementedError) as error:
+        batch = Batch(_losses.named(losses()), plan, known)  # an error of the user's own is raised here again, as it is
+        plan.warn("forward", forward.cause(error))
+        return batch
+    if plan.use is not None and plan.use.scope == "main":
+        kept, _ = _main_scope(plan, present, known.parameters, known.tangents)
+        if len(kept) < len(known.parameters):  # the reference reaches heads of other tasks too
+            return Batch(present, plan, known)
+    plan.used.append("forward")
+    return Batch(present, plan, known, aligned)

@@ -1,0 +1,97 @@
+"""From what users pass as losses to one tensor a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+
+
+def named(losses: Any, *, graph: bool = True) -> dict[str, Tensor]:
+    """The present tasks' losses by name, all scalars or all ``[b]``.
+
+    Args:
+        losses: mapping from task name to a scalar or ``[b]`` tensor, or to ``None`` for an absent task; or a tensor
+            ``[m]`` or ``[m, b]``, whose tasks are called ``"0"``, ``"1"``, ...
+        graph: whether each loss must have a graph.
+
+    Raises:
+        MTLWeightError: if there is no task, or a loss has another shape, another number of samples or no graph.
+    """
+    if isinstance(losses, Tensor):
+        if losses.ndim not in (1, 2) or len(losses) == 0:
+            raise MTLWeightError(
+                f"Expected losses of shape [m] or [m, b] with m >= 1 tasks, found {list(losses.shape)}. Stack one "
+                "scalar or one [b] loss a task, or pass a mapping from task name to loss."
+            )
+        losses = {str(i): row for i, row in enumerate(losses.unbind())}
+    if not isinstance(losses, Mapping):
+        raise MTLWeightError(
+            f"Expected losses as a mapping from task name to tensor, a tensor [m] or [m, b], or a callable that "
+            f"returns one of these; found {type(losses).__name__}."
+        )
+    if not losses:
+        raise MTLWeightError("Expected losses of at least one task, found none. Pass None for a task that is absent.")
+    present: dict[str, Tensor] = {}
+    for task, loss in losses.items():
+        if not isinstance(task, str):
+            raise MTLWeightError(f"Expected task names as strings, found {task!r} of type {type(task).__name__}.")
+        if loss is None:
+            continue
+        if not isinstance(loss, Tensor):
+            raise MTLWeightError(
+                f"Expected the loss of task {task!r} as a tensor with a graph, or None if the task is absent; found "
+                f"{type(loss).__name__}."
+            )
+        if loss.ndim > 1 or loss.numel() == 0:
+            raise MTLWeightError(
+                f"Expected the loss of task {task!r} as a scalar or one value a sample [b], found shape "
+                f"{list(loss.shape)}. Average over the other dimensions; pass None if no sample has a label."
+            )
+        if not loss.is_floating_point():
+            raise MTLWeightError(f"Expected the loss of task {task!r} as a real number, found {loss.dtype}.")
+        if graph and not loss.requires_grad:
+            raise MTLWeightError(
+                f"The loss of task {task!r} has no graph: expected a tensor that requires grad, found a constant. "
+                "Compute it with gradients enabled, from parameters that require grad, without .item() or .detach()."
+            )
+        present[task] = loss
+    if len({tuple(loss.shape) for loss in present.values()}) > 1:
+        shapes = ", ".join(f"{task} {list(loss.shape)}" for task, loss in present.items())
+        raise MTLWeightError(
+            f"Expected losses of one shape, all scalars or all [b] with the same b; found {shapes}. Average each "
+            "task's loss to a scalar, or give each sample a loss in every task."
+        )
+    return present
+
+
+def scalar(reference: Any) -> Tensor:
+    """The reference objective as a scalar with a graph; a ``[b]`` tensor counts by its mean.
+
+    Raises:
+        MTLWeightError: if it is anything else.
+    """
+    if not isinstance(reference, Tensor) or reference.ndim > 1 or reference.numel() == 0:
+        found = list(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
+        raise MTLWeightError(
+            f"Expected the reference as a scalar or [b] tensor, or a callable that returns one; found {found}. Pass "
+            "the main task's loss on held-out data."
+        )
+    if not reference.requires_grad:
+        raise MTLWeightError(
+            "The reference has no graph: expected a tensor that requires grad. Compute it with gradients."
+        )
+    return reference.mean()
+
+
+def stack(losses: Mapping[str, Tensor]) -> Tensor:
+    """``[m]`` or ``[m, b]``, on the first loss's device, in a dtype that holds all."""
+    rows = list(losses.values())
+    dtype = rows[0].dtype
+    for row in rows:
+        dtype = torch.promote_types(dtype, row.dtype)
+    return torch.stack([row.to(rows[0].device, dtype) for row in rows])

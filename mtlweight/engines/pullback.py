@@ -1,0 +1,32 @@
+"""Pullback engine: alignments from losses that are computed already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """``<∇ℓ[t, i], g>`` for all tasks and samples by differentiating twice.
+
+    ``v(u) = Jᵀu`` is linear in ``u``, hence ``∂<v(u), g>/∂u = J g`` for any ``u``: one backward with a graph, and one
+    through it. Needs operators that can be differentiated twice. The graph is kept.
+
+    Args:
+        losses: one ``[b]`` or scalar tensor a task.
+        inputs: parameters.
+        tangents: ``g``, one tensor a parameter.
+
+    Returns:
+        Tensor: ``[m, b]`` or ``[m]``.
+    """
+    stacked = torch.stack(list(losses))
+    u = torch.zeros_like(stacked, requires_grad=True)
+    pulled = torch.autograd.grad(stacked, inputs, u, create_graph=True, allow_unused=True)
+    pairs = [(v, g.to(v.dtype)) for v, g in zip(pulled, tangents, strict=True) if v is not None and v.requires_grad]
+    if not pairs:
+        return torch.zeros_like(stacked)
+    (products,) = torch.autograd.grad([v for v, _ in pairs], u, [g for _, g in pairs], retain_graph=True)
+    return products

@@ -1,0 +1,51 @@
+"""Rows engine: one backward a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, keep_graph: bool) -> Iterator[Gradients]:
+    """The gradients of each output with respect to all inputs, one output at a time.
+
+    Works on every graph, compiled models included, and touches only what an output depends on. Cost: one backward an
+    output. Memory: one gradient at a time.
+
+    Args:
+        outputs: scalars.
+        inputs: leaves or intermediate tensors; ``None`` is returned where an output does not depend on one.
+        keep_graph: whether the graph is needed again after the last output.
+    """
+    for i, output in enumerate(outputs):
+        yield torch.autograd.grad(output, inputs, retain_graph=keep_graph or i + 1 < len(outputs), allow_unused=True)
+
+
+def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """``<∇ℓ[t, i], g>`` for each task and sample by one backward each: slow, and right wherever backward works.
+
+    Args:
+        losses: one ``[b]`` or scalar tensor a task.
+        inputs: parameters.
+        tangents: ``g``, one tensor a parameter.
+
+    Returns:
+        Tensor: ``[m, b]`` or ``[m]``.
+    """
+    outputs = [sample for row in losses for sample in row.reshape(-1).unbind()]
+    products = [inner(row, tangents) for row in gradients(outputs, inputs, keep_graph=True)]
+    return torch.stack(products).reshape(len(losses), *losses[0].shape)
+
+
+def inner(gradients: Gradients, tangents: Sequence[Tensor]) -> Tensor:
+    """``<gradients, tangents>``, where ``None`` counts as zero; at least in float32."""
+    total = torch.zeros((), device=tangents[0].device)
+    for gradient, tangent in zip(gradients, tangents, strict=True):
+        if gradient is not None:
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            total = total + (gradient.to(dtype) * tangent.to(dtype)).sum()
+    return total

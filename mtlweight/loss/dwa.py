@@ -1,0 +1,75 @@
+"""Dynamic weight average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+from mtlweight._view import Needs, State, View
+from mtlweight._weighting import Traits, Weighting
+
+
+@dataclass(frozen=True)
+class DWA(Weighting):
+    """More weight for tasks whose loss falls slowly.
+
+    ``w_t(e) = m · softmax_t(r_t(e - 1) / T)`` with ``r_t(e - 1) = ℓ_t(e - 1) / ℓ_t(e - 2)``; ``e`` counts periods,
+    ``ℓ_t(e)`` is the mean loss of task ``t`` over period ``e``, ``T`` is ``temperature``. A task without two finished
+    periods has ``r_t = 1``, so that the weights start equal.
+
+    *Reads* the losses. *Writes* ``[m]``, non-negative, with sum ``m``. *State* per task: the two last periods' mean
+    losses, the running period's sum and count. *Cost* none.
+
+    Args:
+        temperature: ``T``; large values make the weights equal. Default 2, the paper's.
+        period: number of steps (in which the task is present) that are averaged into one loss. Default 1. The paper
+            averages over an epoch: pass the number of steps in yours.
+
+    Raises:
+        MTLWeightError: if ``temperature`` is not positive or ``period < 1``.
+
+    >>> DWA()(losses=torch.tensor([3.0, 0.5]))
+    tensor([1., 1.])
+
+    *Differs from the paper* in the default period, since a weighting does not know how long an epoch is. Of a loss that
+    was exactly zero, the ratio is taken as 1.
+
+    References:
+        Liu, Johns, Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, arXiv 1803.10704, eq. 7.
+    """
+
+    temperature: float = 2.0
+    period: int = 1
+
+    needs = Needs.LOSSES
+    traits = Traits(nonnegative=True, scale_degree=0)
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise MTLWeightError(f"DWA: expected temperature > 0, found {self.temperature}.")
+        if self.period < 1:
+            raise MTLWeightError(f"DWA: expected period >= 1 steps, found {self.period}.")
+
+    def init(self, view: View) -> State:
+        """No history."""
+        return {"last": {}, "before": {}, "sum": {}, "count": {}}
+
+    def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
+        """Softmax of the loss ratios of the two last finished periods."""
+        last, before = view.gather(state["last"]), view.gather(state["before"])  # 0 before the first period's end
+        ratio = torch.where(before == 0, 1.0, last / before)
+        weights = len(view.tasks) * (ratio / self.temperature).softmax(dim=0)
+
+        total = view.gather(state["sum"]) + view.losses
+        count = view.gather(state["count"]) + 1
+        done = count == self.period
+        mean = total / count
+        return weights, {
+            "before": view.scatter(state["before"], torch.where(done, torch.where(last == 0, mean, last), before)),
+            "last": view.scatter(state["last"], torch.where(done, mean, last)),
+            "sum": view.scatter(state["sum"], torch.where(done, 0.0, total)),
+            "count": view.scatter(state["count"], torch.where(done, 0.0, count)),
+        }

@@ -1,0 +1,84 @@
+"""Uncertainty weighting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+from mtlweight._view import Needs, State, View
+from mtlweight._weighting import Traits, Weighting
+
+
+@dataclass(frozen=True)
+class UW(Weighting):
+    """Each task's loss is divided by a learned noise variance, so that tasks of any unit can be added.
+
+    ``w_t = exp(-s_t)``; the log-variances ``s_t = log σ_t²`` descend on ``exp(-s_t) ℓ_t + s_t``, whose minimum is
+    ``s_t = log ℓ_t``. Each step is implicit, ``s_t' = s_t - η (1 - exp(-s_t') ℓ_t)``: for small ``η`` it equals
+    gradient descent, and it stays stable for losses of any size, where explicit descent overshoots once ``ℓ_t`` is
+    large.
+
+    *Reads* the losses, which must be >= 0. *Writes* ``[m]``, positive. *State* ``s_t`` per task: in the weighting, not
+    in the optimizer, so that neither weight decay nor momentum touch it. *Cost* none.
+
+    The objective ``Σ_t exp(-s_t) ℓ_t + s_t`` becomes negative once losses are small, which is as it should be: a
+    density may exceed 1. ``optimizer.combine`` returns the plain sum of the losses, so no negative total is seen.
+
+    Args:
+        step_size: ``η``. Default 0.02, ours; the paper trains ``s`` by the network's optimizer and states no rate of
+            its own. As ``η`` grows, ``w_t`` goes to ``1 / ℓ_t``.
+        initial: ``s_t`` of a new task. Default 0: weight 1, as in the official code.
+
+    Raises:
+        MTLWeightError: if ``step_size`` is not positive, or a loss is negative (it has no variance: the objective has
+            no minimum).
+
+    >>> UW()(losses=torch.tensor([3.0, 0.5]))
+    tensor([1., 1.])
+
+    *Differs from the paper*: both terms are doubled (``ℓ + log σ²`` for ``ℓ/2 + log σ``), as in common use; the minimum
+    is the same.
+
+    References:
+        Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018, arXiv 1705.07115,
+        eq. 7 and 10.
+    """
+
+    step_size: float = 0.02
+    initial: float = 0.0
+
+    needs = Needs.LOSSES
+    traits = Traits(nonnegative=True, losses="positive")
+
+    def __post_init__(self) -> None:
+        if not self.step_size > 0:
+            raise MTLWeightError(f"UW: expected step_size > 0, found {self.step_size}.")
+
+    def init(self, view: View) -> State:
+        """No task is known."""
+        return {"log_variance": {}}
+
+    def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
+        """The committed variances' weights; the state takes one implicit step."""
+        losses = view.losses
+        if (losses < 0).any():
+            found = ", ".join(f"{t} = {x:.4g}" for t, x in zip(view.tasks, losses.tolist(), strict=True) if x < 0)
+            raise MTLWeightError(
+                f"UW: expected losses >= 0, since they stand for squared errors or negative log-likelihoods; found "
+                f"{found}. Shift the loss, or use a weighting that accepts negative losses."
+            )
+        s = view.gather(state["log_variance"], self.initial)
+        return torch.exp(-s), {"log_variance": view.scatter(state["log_variance"], self._step(s, losses))}
+
+    def _step(self, s: Tensor, losses: Tensor) -> Tensor:
+        # In the variable u = s' - log η ℓ the equation is u - exp(-u) = a: Newton's method from the left of the root of
+        # this increasing, concave function converges monotonically.
+        log_scaled = torch.log(self.step_size * losses)
+        a = s - self.step_size - log_scaled
+        u = torch.where(a > 0, a, -torch.log1p((-a).clamp(min=0)))
+        for _ in range(8):
+            u = u - (u - torch.exp(-u) - a) / (1 + torch.exp(-u))
+        return torch.where(losses > 0, u + log_scaled, s - self.step_size)

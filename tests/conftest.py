@@ -1,0 +1,15 @@
+import os
+
+import hypothesis
+import torch
+
+# No timing decides a test: neither a deadline for an example nor the health check on slow generation.
+hypothesis.settings.register_profile(
+    "mtlweight", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("mtlweight")
+
+os.environ["MPLBACKEND"] = "agg"  # also for the scripts that tests start
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores

@@ -1,0 +1,245 @@
+"""The min-norm point, against exact arithmetic, an enumeration of all supports and closed forms."""
+
+import importlib
+from fractions import Fraction
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from mtlweight._errors import MTLWeightError
+from mtlweight.solvers import SolverError, min_norm
+
+SHAPES = {
+    "generic": lambda J, _: J,
+    "conflicting": lambda J, _: J - 0.9 * J.mean(0),
+    "opposed": lambda J, _: _pairs(J, -3.0),
+    "duplicates": lambda J, _: _pairs(J, 1.0),
+    "nearly opposed": lambda J, rng: _pairs(J, -1.0) + 1e-6 * rng.standard_normal(J.shape),
+    "rank one": lambda J, rng: np.outer(J[:, 0], rng.standard_normal(J.shape[1])),
+    "one dominated ray": lambda J, rng: np.outer(0.1 + abs(J[:, 0]), rng.standard_normal(J.shape[1])),
+    "stationary in the interior": lambda J, rng: _stationary(J, rng, len(J)),
+    "stationary on a face": lambda J, rng: _stationary(J, rng, min(3, len(J))),
+    "strongly stationary": lambda J, _: J - J.mean(0),
+    "acute": lambda J, _: abs(J),
+    "a zero row": lambda J, _: np.where(np.arange(len(J))[:, None] == len(J) // 2, 0.0, J),
+}
+
+
+def _pairs(J, factor):
+    half = len(J) // 2
+    return np.concatenate([J[:half], factor * J[:half], J[2 * half :]])
+
+
+def _stationary(J, rng, size):
+    shares = rng.dirichlet(np.ones(size))
+    J = J.copy()
+    J[0] = -shares[1:] @ J[1:size] / shares[0]
+    return J
+
+
+@st.composite
+def small_jacobians(draw, max_rows=5):
+    """Small integers, so that ties, zero rows and stationarity are common; rows and whole scaled by powers of ten."""
+    m = draw(st.integers(1, max_rows))
+    n = draw(st.integers(1, 5))
+    J = draw(arrays(np.float64, (m, n), elements=st.integers(-3, 3)))
+    rows = draw(st.sampled_from([0, 1, 6])) * draw(arrays(np.float64, m, elements=st.integers(-1, 1)))
+    return J * 10.0 ** rows[:, None] * 10.0 ** draw(st.integers(-10, 15))
+
+
+@st.composite
+def large_jacobians(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    m = draw(st.sampled_from([1, 2, 3, 8, 33, 64, 128]))
+    n = draw(st.sampled_from([1, 2, 7, 40, 200]))
+    J = SHAPES[draw(st.sampled_from(sorted(SHAPES)))](rng.standard_normal((m, n)), rng)
+    spread = draw(st.sampled_from([0, 3, 6, 15]))
+    return J * 10.0 ** rng.uniform(-spread, spread, (m, 1)) * 10.0 ** draw(st.integers(-10, 15))
+
+
+def residual(J, weights, number):
+    """The documented residual, from J, in another arithmetic; the norms of rows only set the unit."""
+    norms = np.sqrt(np.square(J).sum(1))
+    total = weights @ norms
+    if total == 0.0:
+        return 0.0
+    J, weights = np.vectorize(number, otypes=[object])(J), np.vectorize(number, otypes=[object])(weights)
+    x = weights @ J
+    products = J @ x
+    square = weights @ products
+    return max(float(square - p) / norm / total for p, norm in zip(products, norms, strict=True) if norm > 0)
+
+
+def shortest(J):
+    """The min-norm point by brute force in exact arithmetic: of each simplex of rows, the best stationary point."""
+    J = np.vectorize(Fraction, otypes=[object])(J)
+    points = []
+    for size in range(1, len(J) + 1):
+        for support in map(list, combinations(range(len(J)), size)):
+            border = np.full((size, 1), Fraction(1))
+            system = np.block([[J[support] @ J[support].T, border], [border.T, np.zeros((1, 1), int)]])
+            solution = _solve(system, np.array([0] * size + [1], dtype=object))
+            if solution is not None and min(solution[:size]) >= 0:
+                points.append(solution[:size] @ J[support])
+    return min(points, key=lambda x: x @ x).astype(np.float64)
+
+
+def _solve(A, b):
+    """Gauss and Jordan on fractions; None for a singular matrix: then a smaller support has the same point."""
+    A = np.column_stack([A, b])
+    for i in range(len(A)):
+        pivot = next((k for k in range(i, len(A)) if A[k, i]), None)
+        if pivot is None:
+            return None
+        A[[i, pivot]] = A[[pivot, i]]
+        A[i] = A[i] / Fraction(A[i, i])
+        for k in range(len(A)):
+            if k != i:
+                A[k] = A[k] - A[k, i] * A[i]
+    return A[:, -1]
+
+
+def shares(J, weights):
+    """How much of the combined length is each row's: the weights in units that a row's scale does not change."""
+    lengths = weights * np.sqrt(np.square(J).sum(1))
+    return lengths / lengths.sum() if lengths.any() else weights
+
+
+@given(small_jacobians())
+def test_the_residual_is_below_1e_8_in_exact_arithmetic(J):
+    assert residual(J, min_norm(J @ J.T).weights, Fraction) <= 1e-8
+
+
+@settings(max_examples=150, deadline=None)
+@given(large_jacobians())
+def test_the_residual_is_below_1e_8_for_up_to_128_rows_of_every_kind(J):
+    assert residual(J, min_norm(J @ J.T).weights, np.longdouble) <= 1e-8
+
+
+@settings(max_examples=50, deadline=None)
+@given(large_jacobians())
+def test_the_weights_lie_on_the_simplex(J):
+    weights, _ = min_norm(J @ J.T)
+    assert (weights >= 0.0).all()
+    assert weights.sum() == pytest.approx(1.0, rel=1e-14)
+
+
+@given(small_jacobians())
+def test_the_reported_residual_is_the_documented_one(J):
+    weights, reported = min_norm(J @ J.T)
+    assert reported == pytest.approx(residual(J, weights, Fraction), abs=1e-11)
+
+
+@given(small_jacobians())
+def test_the_point_is_the_shortest_over_all_supports(J):
+    weights, _ = min_norm(J @ J.T)
+    norms = np.sqrt(np.square(J).sum(1))
+    unit = weights @ norms  # what rounding is measured in
+    np.testing.assert_allclose(weights @ J, shortest(J), atol=1e-9 * unit, rtol=0.0)
+
+
+@given(small_jacobians(), st.randoms(use_true_random=False))
+def test_permuting_the_rows_permutes_the_weights(J, random):
+    order = random.sample(range(len(J)), len(J))
+    G = J @ J.T
+    weights, permuted = min_norm(G).weights, min_norm(G[np.ix_(order, order)]).weights
+    np.testing.assert_allclose(shares(J[order], permuted), shares(J, weights)[order], atol=1e-5)
+
+
+@given(small_jacobians(), st.integers(-10, 15))
+def test_a_common_scale_changes_nothing(J, exponent):
+    unit = np.abs(J).max() or 1.0
+    J = J / unit
+    K = 10.0**exponent * J
+    np.testing.assert_allclose(shares(K, min_norm(K @ K.T).weights), shares(J, min_norm(J @ J.T).weights), atol=1e-5)
+
+
+@given(small_jacobians(max_rows=4))
+def test_duplicate_rows_share_their_weight(J):
+    pair = np.concatenate([J, J])
+    weights, _ = min_norm(pair @ pair.T)
+    halves = shares(pair, weights).reshape(2, -1)
+    np.testing.assert_allclose(halves[0], halves[1], atol=1e-5)
+
+
+@given(arrays(np.float64, (2, 3), elements=st.floats(-10, 10, width=16)))
+def test_two_rows_have_the_clipped_line_search_of_mgda(J):
+    g, h = J
+    if (gap := (g - h) @ (g - h)) > 1e-6 and g.any() and h.any():
+        share = np.clip((h - g) @ h / gap, 0.0, 1.0)
+        np.testing.assert_allclose(min_norm(J @ J.T).weights, [share, 1.0 - share], atol=1e-9)
+
+
+@given(arrays(np.float64, st.integers(1, 20), elements=st.floats(1e-6, 1e6)))
+def test_orthogonal_rows_are_weighted_by_their_inverse_squared_norms(norms):
+    weights, _ = min_norm(np.diag(norms**2))
+    np.testing.assert_allclose(weights, norms**-2 / (norms**-2).sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[7.0, 1.0]], [1.0]),
+        ([[3.0], [-1.0]], [0.25, 0.75]),
+        ([[1.0], [3.0]], [1.0, 0.0]),
+        ([[2.0, 1.0], [2.0, 1.0]], [0.5, 0.5]),
+        ([[1.0], [-1.0], [-1.0]], [0.5, 0.25, 0.25]),
+        ([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]], [1 / 3, 1 / 3, 1 / 3]),
+        ([[1.0, 1.0], [-1.0, 1.0], [0.0, 5.0]], [0.5, 0.5, 0.0]),
+        ([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]], [0.5, 0.0, 0.5]),
+        ([[0.0], [0.0], [0.0], [0.0]], [0.25, 0.25, 0.25, 0.25]),
+    ],
+)
+def test_known_answers(rows, expected):
+    J = np.array(rows)
+    np.testing.assert_allclose(min_norm(J @ J.T).weights, expected, atol=1e-9)
+
+
+def test_the_least_of_all_minimisers_is_chosen():
+    J = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    np.testing.assert_allclose(min_norm(J @ J.T).weights, np.full(4, 0.25), atol=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(large_jacobians())
+def test_a_gramian_rounded_to_float32_is_ordinary_input(J):
+    J = J / (np.sqrt(np.square(J).sum(1, keepdims=True)).max() or 1.0)
+    G = (J @ J.T).astype(np.float32).astype(np.float64)
+    J = np.where(np.diag(G)[:, None] > 0.0, J, 0.0)
+    if (np.diag(G)[np.diag(G) > 0.0] > 1e-36).all():  # below, float32 has no digits left
+        assert residual(J, min_norm(G).weights, np.longdouble) <= 1e-5
+
+
+def test_the_gramian_is_not_changed():
+    G = np.array([[1.0, 2.0, 0.0], [2.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
+    before = G.copy()
+    min_norm(G)
+    np.testing.assert_array_equal(G, before)
+
+
+@pytest.mark.parametrize(
+    ("gramian", "message"),
+    [
+        (np.ones(3), r"square Gramian .* found shape \[3\]"),
+        (np.ones((2, 3)), r"square Gramian .* found shape \[2, 3\]"),
+        (np.ones((0, 0)), r"found shape \[0, 0\]"),
+        (np.array([[1.0, np.nan], [np.nan, 1.0]]), "found 2 entries that are inf or nan"),
+        (np.array([[np.inf]]), "found 1 entries that are inf or nan"),
+        (np.array([[1.0, 2.0], [2.0, 1.0]]), "lowest eigenvalue of -1"),
+        (np.array([[1.0, 0.5], [0.0, 1.0]]), r"asymmetry of 0\.5"),
+    ],
+)
+def test_what_is_no_gramian_is_refused(gramian, message):
+    with pytest.raises(MTLWeightError, match=message):
+        min_norm(gramian)
+
+
+def test_an_answer_above_the_residual_is_withheld(monkeypatch):
+    module = importlib.import_module("mtlweight.solvers.min_norm")
+    monkeypatch.setattr(module, "_proximal", lambda C, _: np.ones(len(C)))
+    with pytest.raises(SolverError, match=r"stopped at 0\.\d+ \(m=3\)"):
+        min_norm(np.diag([1.0, 4.0, 9.0]))
