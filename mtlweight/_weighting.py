@@ -62,6 +62,7 @@ class Weighting(ABC):
     step lives in an explicit state, which the optimizer owns, saves and rolls back. A subclass declares :attr:`needs`
     and implements :meth:`weigh`:
 
+    >>> from dataclasses import dataclass
     >>> @dataclass(frozen=True)
     ... class InverseNorm(Weighting):
     ...     needs = Needs.GRAMIAN

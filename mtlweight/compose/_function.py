@@ -18,9 +18,9 @@ class FunctionWeighting(Weighting):
     """A weighting without state made from a function; see :func:`weighting`."""
 
     function: Callable[[View], Tensor]
-    needs: Needs
-    writes: Level
-    traits: Traits
+    needs: Needs = Needs.NOTHING
+    writes: Level = "task"
+    traits: Traits = NO_CLAIMS
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """Calls the function."""

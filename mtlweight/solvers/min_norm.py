@@ -49,10 +49,10 @@ def min_norm(gramian: Array) -> Solution:
     gradients are solved in closed form.
 
     **Degenerate input.** `x` is always unique, the weights need not be. Among all minimisers this is the one of least
-    :math:`\sum_i w_i^2 \|g_i\|^2` (within about :math:`10^{-6}`): duplicate rows share their weight equally and
+    :math:`\sum_i w_i^2 \|g_i\|^2` (within about :math:`10^{-5}`): duplicate rows share their weight equally and
     permuting the rows permutes the weights. If there are zero rows, the weights are uniform over these; so they are
     uniform for `G = 0`. A row counts as zero if its squared norm is below the smallest normal float64. Where the rows
-    cancel to less than about :math:`10^{-6} \sum_j w_j \|g_j\|`, `x` cannot be told from zero.
+    cancel to less than about :math:`10^{-5} \sum_j w_j \|g_j\|`, the direction of `x` drowns in the rounding of `G`.
     A slightly indefinite `G`, as float32 rounding leaves it, is replaced by the nearest positive semidefinite matrix
     of cosines, and the residual is that of the replacement.
 

@@ -142,6 +142,13 @@ def test_the_point_is_the_shortest_over_all_supports(J):
     np.testing.assert_allclose(weights @ J, shortest(J), atol=1e-9 * unit, rtol=0.0)
 
 
+@pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3])
+def test_what_little_remains_of_nearly_opposed_rows_has_the_right_direction(angle):
+    J = np.array([[1.0, angle, 0.0], [-2.0, 3.0 * angle, angle], [1.0, 2.0 * angle, -angle]])
+    expected = shortest(J)
+    np.testing.assert_allclose(min_norm(J @ J.T).weights @ J, expected, atol=1e-10 * np.linalg.norm(expected), rtol=0.0)
+
+
 @given(small_jacobians(), st.randoms(use_true_random=False))
 def test_permuting_the_rows_permutes_the_weights(J, random):
     order = random.sample(range(len(J)), len(J))
