@@ -30,6 +30,7 @@ class _Pending:
 
     state: State | None
     report: Report
+    tasks: tuple[str, ...]
     skip: bool = False
     observe: Callable[[], Given] | None = None
 
@@ -172,8 +173,8 @@ class MultiTaskOptimizer(Optimizer):
             )
         try:
             batch = read(losses, reference, plan)
+            tasks = tuple(dict.fromkeys((*r.tasks, *batch.tasks)))
             while True:
-                self._expect_tasks(batch, isinstance(losses, Tensor))
                 if not batch.tasks:
                     return self._skip(batch)
                 view = View(batch, step=r.step, seed=r.seed)
@@ -193,8 +194,7 @@ class MultiTaskOptimizer(Optimizer):
             return self._skip(None)
         scalar = batch.combined(weights, r.weighting.writes)
         report = Report(step=r.step + 1, weights=weights, notes=dict(view.notes), **batch.measured())
-        r.tasks = tuple(dict.fromkeys((*r.tasks, *batch.tasks)))
-        r.pending = _Pending(state, report)
+        r.pending = _Pending(state, report, tasks)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, self._modules(), rewind, batch.tasks)
         return scalar
@@ -311,6 +311,7 @@ class MultiTaskOptimizer(Optimizer):
             trainable=trainable,
             modules=self._modules(),
             capture=r.capture,
+            tasks=r.tasks,
             broken=r.broken,
             warn=self._fall_back,
         )
@@ -337,15 +338,6 @@ class MultiTaskOptimizer(Optimizer):
             )
         r.capture = Capture(modules)
 
-    def _expect_tasks(self, batch: Batch, unnamed: bool) -> None:
-        known = self._record.tasks
-        if unnamed and known and len(batch.tasks) != len(known) and not self._record.dropped:
-            raise MTLWeightError(
-                f"Expected losses of the {len(known)} tasks that the state knows ({', '.join(known)}), found "
-                f"{len(batch.tasks)}. A tensor of losses cannot say which task is absent: pass a mapping from name to "
-                f"loss."
-            )
-
     def _expect_finite(self, weights: Tensor, state: State) -> None:
         if not all(value.isfinite().all() for value in (weights, *_tensors(state))):
             raise NonFiniteError(
@@ -367,8 +359,8 @@ class MultiTaskOptimizer(Optimizer):
         return False
 
     def _skip(self, batch: Batch | None) -> Tensor:
-        plan = self._plan()
-        self._record.pending = _Pending(None, Report(), skip=True)
+        plan, r = self._plan(), self._record
+        r.pending = _Pending(r.state, r.report, r.tasks, skip=True)
         return (batch or Batch({}, plan)).idle()
 
     def _commit(self) -> None:
@@ -382,7 +374,8 @@ class MultiTaskOptimizer(Optimizer):
                 state = r.weighting.observe(view, state)
             else:
                 r.fallbacks["the losses after the step were not finite: not observed"] += 1
-        r.state, r.report, r.step, r.pending = state, r.pending.report, r.step + 1, None
+        r.state, r.report, r.tasks = state, r.pending.report, r.pending.tasks
+        r.step, r.pending = r.step + 1, None
 
     def _fall_back(self, engine: str, cause: str) -> None:
         r = self._record

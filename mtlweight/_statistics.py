@@ -25,7 +25,7 @@ def gramian_of(jacobian: Tensor, columns: int = 1 << 20) -> Tensor:
     if n == 0:
         return total
     for block in jacobian.split(columns, dim=1):
-        size = block.abs().amax(dim=1, keepdim=True)
+        size = torch.linalg.vector_norm(block, torch.inf, dim=1, keepdim=True)
         unit = block / torch.where(size == 0, 1.0, size)
         size = size.to(dtype)
         total += (unit @ unit.T).to(dtype) * size * size.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,8 @@ class _Normalize(Combinator):
     total: float
 
     def __post_init__(self) -> None:
-        if not self.total > 0:
-            raise MTLWeightError(f"normalize: expected total > 0, found {self.total}.")
+        if not 0 < self.total < math.inf:
+            raise MTLWeightError(f"normalize: expected a finite total > 0, found {self.total}.")
         if self.inner.writes == "entry":
             raise MTLWeightError(
                 f"normalize divides weights per task or per sample by their sum; found {self.inner!r}, which writes "
@@ -63,7 +64,7 @@ def normalize(inner: Weighting, total: float = 1.0) -> Weighting:
         total: the sum. Our default: 1, one objective's worth.
 
     Raises:
-        MTLWeightError: if ``total`` is not positive or ``inner`` writes weights per gradient entry.
+        MTLWeightError: if ``total`` is not positive and finite or ``inner`` writes weights per gradient entry.
 
     >>> from mtlweight import Constant
     >>> normalize(Constant([1.0, 3.0]), total=2.0)(losses=torch.tensor([1.0, 1.0]))

@@ -38,6 +38,7 @@ class Plan:
         trainable: the wrapped optimizer's parameters that require grad.
         modules: modules that the user named and whose parameters the forward engine may swap.
         capture: records the shared representation, for the features engine.
+        tasks: the tasks that the committed state knows.
         broken: engines that have fallen back before, with the cause.
         warn: called with an engine's name and the cause at each fallback.
     """
@@ -52,6 +53,7 @@ class Plan:
     trainable: list[Tensor]
     modules: list[nn.Module]
     capture: features.Capture | None
+    tasks: tuple[str, ...]
     broken: Mapping[str, str]
     warn: Callable[[str, str], None]
     used: list[str] = field(default_factory=list)
@@ -465,25 +467,29 @@ def read(losses: Any, reference: Any, plan: Plan) -> Batch:
                 "engine='forward' runs the forward pass itself: expected losses as a callable, found computed ones. "
                 "Pass combine(lambda: losses(model, batch), ...), or use engine='pullback'."
             )
-        return Batch(_losses.named(losses), plan, known)
+        return Batch(_losses.named(losses, plan.tasks), plan, known)
     if plan.capture is not None:
         plan.capture.clear()
     if known is None or Needs.ALIGNMENT not in plan.needs or plan.alignment_engine not in ("auto", "forward"):
-        return Batch(_losses.named(losses()), plan, known)
+        return Batch(_losses.named(losses(), plan.tasks), plan, known)
     if not forward.owns(plan.modules, known.parameters):
         if plan.engine == "forward":
             raise MTLWeightError(
                 "engine='forward' swaps the parameters of modules: expected model=... (or shared=... as modules) to "
                 "hold all parameters in scope, found some elsewhere. Pass model=... to MultiTaskOptimizer."
             )
-        return Batch(_losses.named(losses()), plan, known)
+        return Batch(_losses.named(losses(), plan.tasks), plan, known)
     if "forward" in plan.broken:
         plan.warn("forward", plan.broken["forward"])
-        return Batch(_losses.named(losses()), plan, known)
+        return Batch(_losses.named(losses(), plan.tasks), plan, known)
     try:
-        present, aligned = forward.losses_and_tangents(losses, plan.modules, known.parameters, known.tangents)
+        present, aligned = forward.losses_and_tangents(
+            lambda: _losses.named(losses(), plan.tasks), plan.modules, known.parameters, known.tangents
+        )
     except (RuntimeError, NotImplementedError) as error:
-        batch = Batch(_losses.named(losses()), plan, known)  # an error of the user's own is raised here again, as it is
+        batch = Batch(
+            _losses.named(losses(), plan.tasks), plan, known
+        )  # an error of the user's own is raised here again, as it is
         plan.warn("forward", forward.cause(error))
         return batch
     if plan.use is not None and plan.use.scope == "main":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor
 from mtlweight._errors import MTLWeightError
 
 
-def named(losses: Any, *, graph: bool = True) -> dict[str, Tensor]:
+def named(losses: Any, known: Sequence[str] = (), *, graph: bool = True) -> dict[str, Tensor]:
     """The present tasks' losses by name, all scalars or all ``[b]``.
 
     Args:
         losses: mapping from task name to a scalar or ``[b]`` tensor, or to ``None`` for an absent task; or a tensor
             ``[m]`` or ``[m, b]``, whose tasks are called ``"0"``, ``"1"``, ...
+        known: the tasks that the state knows already; a tensor must have as many.
         graph: whether each loss must have a graph.
 
     Raises:
@@ -27,6 +28,11 @@ def named(losses: Any, *, graph: bool = True) -> dict[str, Tensor]:
             raise MTLWeightError(
                 f"Expected losses of shape [m] or [m, b] with m >= 1 tasks, found {list(losses.shape)}. Stack one "
                 "scalar or one [b] loss a task, or pass a mapping from task name to loss."
+            )
+        if known and len(losses) != len(known):
+            raise MTLWeightError(
+                f"Expected losses of the {len(known)} tasks that the state knows ({', '.join(known)}), found "
+                f"{len(losses)}. A tensor of losses cannot say which task is absent: pass a mapping from name to loss."
             )
         losses = {str(i): row for i, row in enumerate(losses.unbind())}
     if not isinstance(losses, Mapping):

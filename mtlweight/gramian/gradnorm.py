@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,8 @@ class GradNorm(Weighting):
 
     With ``n_t = w_t |g_t|``, the mean ``n̄``, and the relative inverse training rate
     ``r_t = (ℓ_t / ℓ_t(0)) / mean_u(ℓ_u / ℓ_u(0))``, the weights take one step of size ``η`` down on ``Σ_t |n_t - n̄
-    r_t^α|`` (target held fixed), are cut at 0 and rescaled to sum to ``m``.
+    r_t^α|`` (target held fixed), are cut at 0 and rescaled to sum to ``m``; a step that would cut all of them is not
+    taken.
 
     *Reads* the losses and the Gramian's diagonal. *Writes* ``[m]``, non-negative, with sum ``m`` while all tasks are
     present. *State* per task: weight and first loss. *Cost* the gradients of all tasks.
@@ -29,7 +31,8 @@ class GradNorm(Weighting):
         step_size: ``η``. Default 0.025, the rate of the authors' released experiments.
 
     Raises:
-        MTLWeightError: if ``step_size`` is not positive, or a loss is negative (its rate is not defined).
+        MTLWeightError: if ``alpha`` is negative, ``step_size`` is not positive, either is not finite, or a loss is
+            negative (its rate is not defined).
 
     >>> GradNorm()(losses=torch.tensor([1.0, 1.0]), gramian=torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
     tensor([1., 1.])
@@ -49,8 +52,10 @@ class GradNorm(Weighting):
     traits = Traits(nonnegative=True, scale_degree=0, losses="positive")
 
     def __post_init__(self) -> None:
-        if not self.step_size > 0:
-            raise MTLWeightError(f"GradNorm: expected step_size > 0, found {self.step_size}.")
+        if not 0 <= self.alpha < math.inf:
+            raise MTLWeightError(f"GradNorm: expected a finite alpha >= 0, found {self.alpha}.")
+        if not 0 < self.step_size < math.inf:
+            raise MTLWeightError(f"GradNorm: expected a finite step_size > 0, found {self.step_size}.")
 
     def init(self, view: View) -> State:
         """No task is known."""
@@ -69,11 +74,12 @@ class GradNorm(Weighting):
         progress = torch.where(first > 0, losses / first, 1.0)
         rate = progress / torch.where(progress.sum() > 0, progress.mean(), 1.0)
         weighted = weights * norms
-        slope = norms * torch.sign(weighted - weighted.mean() * rate**self.alpha)
+        gap = weighted - weighted.mean() * rate**self.alpha
+        slope = norms * gap.sign() * (gap.abs() > 1e-12 * weighted.mean())  # rounding alone has no sign
         unit = norms.mean()
         stepped = (weights - self.step_size * slope / torch.where(unit > 0, unit, 1.0)).clamp(min=0)
         # The present tasks keep the sum that they had, so that absent ones keep their share of m.
-        stepped = stepped * torch.where(stepped.sum() > 0, weights.sum() / stepped.sum(), 1.0)
+        stepped = torch.where(stepped.sum() > 0, stepped * (weights.sum() / stepped.sum()), weights)
         return weights, {
             "weight": view.scatter(state["weight"], stepped),
             "first": view.scatter(state["first"], first),

@@ -46,11 +46,11 @@ class PCGrad(Weighting):
         orders = keys.argsort(dim=1)[:, : m - 1]
 
         squares = gramian.diagonal()
-        inverse = torch.where(squares > 0, 1 / squares, 0.0)
         coefficients = torch.eye(
             m, dtype=gramian.dtype, device=gramian.device
         )  # row i: the projected g_i in terms of J
         for others in orders.unbind(dim=1):  # one other task for each row at a time
             conflict = (coefficients * gramian[others]).sum(dim=1).clamp(max=0)
-            coefficients = coefficients.scatter_add(1, others[:, None], (-conflict * inverse[others])[:, None])
+            share = torch.where(squares[others] > 0, conflict / squares[others], 0.0)
+            coefficients = coefficients.scatter_add(1, others[:, None], -share[:, None])
         return coefficients.sum(dim=0), state

@@ -17,7 +17,7 @@ class GradDrop(Weighting):
     """Where gradients disagree in sign, one sign is drawn by its share and the others' entries are dropped.
 
     For each of the ``n`` entries: purity ``P = (1 + Σ_t g_t / Σ_t |g_t|) / 2``, ``u ~ U(0, 1)``; positive entries stay
-    if ``P > u``, negative ones if ``P < u``. A task with leak ``λ`` keeps the share ``λ`` of what it would lose.
+    if ``P > u``, negative ones if ``P <= u``. A task with leak ``λ`` keeps the share ``λ`` of what it would lose.
 
     *Reads* the Jacobian and ``view.generator``. *Writes* ``[m, n]``, in ``[0, 1]``. *State* none. *Cost* the gradients
     of all tasks, kept as ``[m, n]``, and weights of the same size.
@@ -57,5 +57,5 @@ class GradDrop(Weighting):
         unit = jacobian / torch.where(size > 0, size, 1.0)  # entrywise scale: sums can neither overflow nor vanish
         purity = (1 + unit.sum(dim=0) / unit.abs().sum(dim=0).clamp(min=1.0)) / 2
         u = torch.rand(purity.shape, dtype=purity.dtype, device=purity.device, generator=view.generator)
-        keep = torch.where(jacobian > 0, purity > u, purity < u) | (jacobian == 0)
+        keep = ((jacobian > 0) == (purity > u)) | (jacobian == 0)  # u = 0 may be drawn, and loses to no purity of 0
         return torch.where(keep, 1.0, self.leak).to(jacobian.dtype), state

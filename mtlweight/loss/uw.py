@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,8 @@ class UW(Weighting):
         initial: ``s_t`` of a new task. Default 0: weight 1, as in the official code.
 
     Raises:
-        MTLWeightError: if ``step_size`` is not positive, or a loss is negative (it has no variance: the objective has
-            no minimum).
+        MTLWeightError: if ``step_size`` is not positive and finite, or a loss is negative (it has no variance: the
+            objective has no minimum).
 
     >>> UW()(losses=torch.tensor([3.0, 0.5]))
     tensor([1., 1.])
@@ -54,8 +55,8 @@ class UW(Weighting):
     traits = Traits(nonnegative=True, losses="positive")
 
     def __post_init__(self) -> None:
-        if not self.step_size > 0:
-            raise MTLWeightError(f"UW: expected step_size > 0, found {self.step_size}.")
+        if not 0 < self.step_size < math.inf:
+            raise MTLWeightError(f"UW: expected a finite step_size > 0, found {self.step_size}.")
 
     def init(self, view: View) -> State:
         """No task is known."""
@@ -76,7 +77,7 @@ class UW(Weighting):
     def _step(self, s: Tensor, losses: Tensor) -> Tensor:
         # In the variable u = s' - log η ℓ the equation is u - exp(-u) = a: Newton's method from the left of the root of
         # this increasing, concave function converges monotonically.
-        log_scaled = torch.log(self.step_size * losses)
+        log_scaled = math.log(self.step_size) + torch.log(losses)
         a = s - self.step_size - log_scaled
         u = torch.where(a > 0, a, -torch.log1p((-a).clamp(min=0)))
         for _ in range(8):

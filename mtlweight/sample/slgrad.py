@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,8 +37,8 @@ class SLGrad(Weighting):
         total: the sum of the weights. Default 1: one objective's worth.
 
     Raises:
-        MTLWeightError: if ``scope`` is unknown or ``total`` is not positive; in ``combine``, if the losses are scalars
-            or no reference is given.
+        MTLWeightError: if ``scope`` is unknown or ``total`` is not positive and finite; in ``combine``, if the losses
+            are scalars or no reference is given.
 
     >>> SLGrad("left")(alignment=torch.tensor([[3.0, -1.0], [0.0, 1.0]]))
     tensor([[0.7500, 0.0000],
@@ -64,8 +65,8 @@ class SLGrad(Weighting):
     def __post_init__(self) -> None:
         if self.scope not in ("shared", "main", "all"):
             raise MTLWeightError(f"SLGrad: expected scope 'shared', 'main' or 'all', found {self.scope!r}.")
-        if not self.total > 0:
-            raise MTLWeightError(f"SLGrad: expected total > 0, found {self.total}.")
+        if not 0 < self.total < math.inf:
+            raise MTLWeightError(f"SLGrad: expected a finite total > 0, found {self.total}.")
 
     @property
     def reference(self) -> ReferenceUse:

@@ -1,0 +1,171 @@
+"""How time and memory are measured."""
+
+import gc
+import json
+import math
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+MIB = 2**20
+
+
+@dataclass
+class Settings:
+    """How much is measured.
+
+    Args:
+        device: where.
+        rounds: repeats; in each, every contestant of a row has its turn, in a new order.
+        turn: seconds that a turn lasts at least; fast contestants are repeated within it.
+        seed: of models, data and the order within a round.
+        quick: small shapes, for a look and for the test suite.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rounds: int = 15
+    turn: float = 0.05
+    seed: int = 0
+    quick: bool = False
+
+
+@dataclass
+class Ratio:
+    """The best of some contestants over the best of others, with the limit that it is to keep.
+
+    Args:
+        label: what it says.
+        over: names in the numerator; of several, the one with the smallest median counts.
+        under: names in the denominator, likewise.
+        at_most: limit from above.
+        at_least: limit from below.
+    """
+
+    label: str
+    over: tuple[str, ...]
+    under: tuple[str, ...]
+    at_most: float | None = None
+    at_least: float | None = None
+
+
+@dataclass
+class Row:
+    """One line of a benchmark: contestants that do the same job on one model and shape."""
+
+    table: str
+    label: dict[str, str | int]
+    contestants: dict[str, Callable[[], Any]]
+    ratios: list[Ratio]
+
+
+def measure(row: Row, settings: Settings) -> dict[str, Any]:
+    """Times all contestants of a row in one round-robin loop, then takes their peak memory.
+
+    A ratio is taken within each round, where its two contestants ran close together, and then summarised.
+    """
+    repeats = {}
+    for name, run in row.contestants.items():
+        run()  # allocators, kernels' choices, lazy state
+        repeats[name] = max(1, math.ceil(settings.turn / _time(run, 1, settings.device)))
+    order = list(row.contestants)
+    shuffle = random.Random(settings.seed).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    for _ in range(settings.rounds):
+        shuffle(order)
+        for name in order:
+            seconds[name].append(_time(row.contestants[name], repeats[name], settings.device))
+    ratios = {}
+    for ratio in row.ratios:
+        over, under = (min(names, key=lambda name: statistics.median(seconds[name])) for names in (ratio.over, ratio.under))
+        summary = summarise(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+        met = (ratio.at_most is None or summary["median"] <= ratio.at_most) and (
+            ratio.at_least is None or summary["median"] >= ratio.at_least
+        )
+        limits = {"at_most": ratio.at_most, "at_least": ratio.at_least}
+        ratios[ratio.label] = {**summary, **limits, "met": met, "over": over, "under": under}
+    times = {name: summarise(1e3 * s for s in values) for name, values in seconds.items()}
+    memory = {name: peak_memory(run, settings.device) for name, run in row.contestants.items()}
+    return {"table": row.table, "label": row.label, "ms": times, "mib": memory, "ratios": ratios}
+
+
+def summarise(values: Iterable[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    each = list(values)
+    low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
+    return {"median": middle, "low": low, "high": high}
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
+    """The most memory, in MiB, that torch's allocator held during a run on top of what it held before.
+
+    On CUDA the allocator counts it itself. On the CPU it has no counter: the profiler's memory events, one for each
+    allocation and release of a tensor in order of time, are added up. What a kernel allocates on its own, past torch's
+    allocator, is not seen.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: (e["ts"], e["args"]["Ev Idx"])):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak / MIB
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    cuda = settings.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(settings.device) if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "rounds": settings.rounds,
+        "turn": settings.turn,
+        "seed": settings.seed,
+        "quick": settings.quick,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _time(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def note(text: str) -> None:
+    """Progress, beside the table."""
+    print(text, file=sys.stderr, flush=True)
