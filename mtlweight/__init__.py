@@ -7,28 +7,64 @@ from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.compose import chain, clip, ema, every, normalize, weighting
 from mtlweight.gramian import MGDA, GradNorm, PCGrad
-from mtlweight.jacobian import GradDrop
-from mtlweight.loss import DWA, RLW, UW, Constant, Equal
+from mtlweight.jacobian import (
+    ExcessMTL,
+    GradDrop,
+    MoCo,
+    TrimmedMean,
+)
+from mtlweight.loss import (
+    COSMOS,
+    DWA,
+    FAMO,
+    GLS,
+    IMTLL,
+    PBI,
+    RLW,
+    SI,
+    SLAW,
+    STCH,
+    UW,
+    Constant,
+    CoV,
+    Equal,
+    ReLoBRaLo,
+    SoftAdapt,
+)
 from mtlweight.sample import SLGrad
 
 __all__ = [
+    "COSMOS",
     "DWA",
+    "FAMO",
+    "GLS",
+    "IMTLL",
     "MGDA",
+    "PBI",
     "RLW",
+    "SI",
+    "SLAW",
+    "STCH",
     "UW",
+    "CoV",
     "Constant",
     "Equal",
+    "ExcessMTL",
     "GradDrop",
     "GradNorm",
     "MTLWeightError",
+    "MoCo",
     "MultiTaskOptimizer",
     "Needs",
     "NonFiniteError",
     "PCGrad",
+    "ReLoBRaLo",
     "Report",
     "SLGrad",
+    "SoftAdapt",
     "State",
     "Traits",
+    "TrimmedMean",
     "View",
     "Weighting",
     "chain",

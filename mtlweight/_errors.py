@@ -20,3 +20,7 @@ class NonFiniteError(MTLWeightError):
     def __init__(self, message: str, tasks: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.tasks = tuple(tasks)
+
+
+class SolverError(MTLWeightError):
+    """A solver stopped above the residual that it promises, so its answer is withheld."""

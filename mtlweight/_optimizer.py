@@ -31,6 +31,7 @@ class _Pending:
     state: State | None
     report: Report
     tasks: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
     skip: bool = False
     observe: Callable[[], Given] | None = None
 
@@ -89,7 +90,8 @@ class MultiTaskOptimizer(Optimizer):
             constants in the loss; ``"unweighted"``: they get the gradient of the plain sum. Weights per gradient entry
             belong to shared parameters alone; heads are unweighted then.
         on_nonfinite: what to do if a loss or a gradient is not finite: ``"raise"``; ``"skip"`` the step; or ``"drop"``
-            the task from this batch. Skipped and dropped are counted in :attr:`report`.
+            the task from this batch, and skip the step where no single task is to blame. Skipped and dropped are
+            counted in :attr:`report`.
         seed: seed of random weightings, together with the step.
 
     Raises:
@@ -117,11 +119,16 @@ class MultiTaskOptimizer(Optimizer):
         _choice("on_nonfinite", on_nonfinite, ("raise", "skip", "drop"))
         parts: list[nn.Module | Tensor] | None = None
         if shared is not None:
-            parts = [shared] if isinstance(shared, (nn.Module, Tensor)) else list(shared)
+            several = None if isinstance(shared, (nn.Module, Tensor)) else shared
+            parts = list(several) if isinstance(several, Iterable) else [shared]  # type: ignore[list-item]  # checked next
             for part in parts:
                 _expect("shared", part, (nn.Module, Tensor), "parameters, a module, or several of either")
-        record = _Record(optimizer, weighting, parts, model, engine, heads, on_nonfinite, seed)
-        self._record = record
+        elif heads == "unweighted":
+            raise MTLWeightError(
+                "heads='unweighted' tells heads from shared parameters: expected shared=..., found None. Pass the "
+                "shared parameters to MultiTaskOptimizer."
+            )
+        self._record = _Record(optimizer, weighting, parts, model, engine, heads, on_nonfinite, seed)
         self._watch()
 
     # The wrapped optimizer's own, by reference at each access: `load_state_dict` and schedulers rebind them.
@@ -171,12 +178,13 @@ class MultiTaskOptimizer(Optimizer):
                 f"{plan.name} looks at the losses again after the step: expected losses as a callable, found computed "
                 "ones. Pass combine(lambda: losses(model, batch))."
             )
+        dropped: tuple[str, ...] = ()
         try:
             batch = read(losses, reference, plan)
             tasks = tuple(dict.fromkeys((*r.tasks, *batch.tasks)))
             while True:
                 if not batch.tasks:
-                    return self._skip(batch)
+                    return self._skip(dropped)
                 view = View(batch, step=r.step, seed=r.seed)
                 try:
                     batch.losses()
@@ -186,15 +194,15 @@ class MultiTaskOptimizer(Optimizer):
                 except NonFiniteError as error:
                     if r.on_nonfinite != "drop" or not error.tasks:
                         raise
-                    r.dropped.update(error.tasks)
+                    dropped += error.tasks
                     batch = batch.without(error.tasks)
         except NonFiniteError:
-            if r.on_nonfinite != "skip":
+            if r.on_nonfinite == "raise":
                 raise
-            return self._skip(None)
+            return self._skip(dropped)
         scalar = batch.combined(weights, r.weighting.writes)
         report = Report(step=r.step + 1, weights=weights, notes=dict(view.notes), **batch.measured())
-        r.pending = _Pending(state, report, tasks)
+        r.pending = _Pending(state, report, tasks, dropped)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, self._modules(), rewind, batch.tasks)
         return scalar
@@ -219,8 +227,9 @@ class MultiTaskOptimizer(Optimizer):
             if r.pending is not None and (r.pending.skip or not self._gradients_are_finite()):
                 if evaluations:  # the wrapped optimizer has moved the parameters already
                     raise NonFiniteError(
-                        "A gradient became not finite within one step of an optimizer that evaluates its closure "
-                        "several times. Expected finite numbers; lower the learning rate, or use line_search_fn."
+                        "Expected finite numbers throughout the step of an optimizer that evaluates its closure more "
+                        "than once, found NaN or infinity after it had moved. Lower the learning rate, or use a line "
+                        "search."
                     )
                 raise _SkipStepError
             evaluations += 1
@@ -233,8 +242,7 @@ class MultiTaskOptimizer(Optimizer):
             else:
                 result = r.optimizer.step(checked)
         except _SkipStepError:
-            r.pending = None
-            r.skipped += 1
+            self._commit(skipped=True)
             return None
         if r.capture is not None:
             r.capture.clear()
@@ -244,8 +252,6 @@ class MultiTaskOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the wrapped optimizer's gradients. Leaves what is pending: closures call this between."""
         self._record.optimizer.zero_grad(set_to_none)
-        if self._record.capture is not None:
-            self._record.capture.clear()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer."""
@@ -264,7 +270,8 @@ class MultiTaskOptimizer(Optimizer):
             "step": r.step,
             "tasks": list(r.tasks),
         }
-        return {**r.optimizer.state_dict(), KEY: {**own, "skipped": r.skipped, "state": r.state}}
+        own.update(skipped=r.skipped, dropped=dict(r.dropped), state=r.state)
+        return {**r.optimizer.state_dict(), KEY: own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state dict of this class, or one of a bare optimizer of the wrapped class (with a warning).
@@ -283,9 +290,9 @@ class MultiTaskOptimizer(Optimizer):
         r.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         if own is None:
             warnings.warn(f"The state dict has no key {KEY!r}: the weighting starts afresh.", stacklevel=2)
-            own = {"seed": r.seed, "step": 0, "tasks": [], "skipped": 0, "state": None}
-        r.seed, r.step, r.tasks = own["seed"], own["step"], tuple(own["tasks"])
-        r.skipped, r.state, r.pending, r.report = own["skipped"], own["state"], None, Report(step=own["step"])
+            own = {"seed": r.seed, "step": 0, "tasks": [], "skipped": 0, "dropped": {}, "state": None}
+        r.seed, r.step, r.tasks, r.state = own["seed"], own["step"], tuple(own["tasks"]), own["state"]
+        r.skipped, r.dropped, r.pending, r.report = own["skipped"], Counter(own["dropped"]), None, Report(step=r.step)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"record": replace(self._record, pending=None, capture=None)}
@@ -342,7 +349,8 @@ class MultiTaskOptimizer(Optimizer):
         if not all(value.isfinite().all() for value in (weights, *_tensors(state))):
             raise NonFiniteError(
                 f"{self._record.weighting!r} returned weights or a state that are not finite for finite losses and "
-                f"gradients: found weights {weights.flatten()[:8].tolist()}. The committed state is unchanged."
+                f"gradients: expected finite ones, found weights {weights.flatten()[:8].tolist()}. Look at its "
+                "hyperparameters and at the scale of the losses."
             )
 
     def _gradients_are_finite(self) -> bool:
@@ -358,24 +366,29 @@ class MultiTaskOptimizer(Optimizer):
             )
         return False
 
-    def _skip(self, batch: Batch | None) -> Tensor:
-        plan, r = self._plan(), self._record
-        r.pending = _Pending(r.state, r.report, r.tasks, skip=True)
-        return (batch or Batch({}, plan)).idle()
-
-    def _commit(self) -> None:
+    def _skip(self, dropped: tuple[str, ...]) -> Tensor:
         r = self._record
-        if r.pending is None:
+        r.pending = _Pending(r.state, r.report, r.tasks, dropped, skip=True)
+        return Batch({}, self._plan()).idle()
+
+    @torch.no_grad()
+    def _commit(self, skipped: bool = False) -> None:
+        r = self._record
+        pending, r.pending = r.pending, None
+        if pending is None:
             return
-        state = r.pending.state
-        if r.pending.observe is not None and state is not None:
-            view = View(r.pending.observe(), step=r.step, seed=r.seed)
-            if view.losses.isfinite().all():
-                state = r.weighting.observe(view, state)
+        r.dropped.update(pending.dropped)
+        if skipped:
+            r.skipped += 1
+            return
+        r.state, r.tasks, r.report, r.step = pending.state, pending.tasks, pending.report, r.step + 1
+        if pending.observe is not None and pending.state is not None:
+            view = View(pending.observe(), step=r.step - 1, seed=r.seed)
+            seen = r.weighting.observe(view, pending.state) if view.losses.isfinite().all() else None
+            if seen is not None and all(value.isfinite().all() for value in _tensors(seen)):
+                r.state = seen
             else:
                 r.fallbacks["the losses after the step were not finite: not observed"] += 1
-        r.state, r.report, r.tasks = state, r.pending.report, r.pending.tasks
-        r.step, r.pending = r.step + 1, None
 
     def _fall_back(self, engine: str, cause: str) -> None:
         r = self._record
@@ -417,12 +430,16 @@ for _name in (
 
 def _expect(name: str, value: Any, kind: Any, words: str) -> None:
     if not isinstance(value, kind):
-        raise MTLWeightError(f"MultiTaskOptimizer: expected {name} to be {words}, found {type(value).__name__}.")
+        raise MTLWeightError(
+            f"MultiTaskOptimizer: expected {name} to be {words}, found {type(value).__name__}. See its docstring."
+        )
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise MTLWeightError(f"MultiTaskOptimizer: expected {name} to be one of {', '.join(choices)}; found {value!r}.")
+        raise MTLWeightError(
+            f"MultiTaskOptimizer: expected {name} to be one of {', '.join(choices)}; found {value!r}. Choose one."
+        )
 
 
 def _signature(weighting: Weighting) -> str:

@@ -13,23 +13,40 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def gramian_of(jacobian: Tensor, columns: int = 1 << 20) -> Tensor:
+def gramian_of(*blocks: Tensor, columns: int = 1 << 20) -> Tensor:
     """``J Jᵀ`` in float64, whatever the dtype and the scale of ``J``.
 
-    Works on blocks of columns, each divided by its largest entry in the row: neither float32's range nor a copy of the
-    whole Jacobian is needed.
+    Only where a row's squared length comes near an end of float32's range, or beyond, are rows divided by their largest
+    entry first: that costs a copy.
+
+    Args:
+        blocks: ``J``, or its blocks of columns, each ``[m, *]``.
+        columns: how many of them are summed in the dtype of ``J``.
     """
-    dtype = statistics_dtype(jacobian.device)
-    m, n = jacobian.shape
-    total = torch.zeros(m, m, dtype=dtype, device=jacobian.device)
-    if n == 0:
+    dtype = statistics_dtype(blocks[0].device)
+    parts = [part for block in blocks for part in block.split(columns, dim=1) if part.shape[1]]
+    total = torch.zeros(len(blocks[0]), len(blocks[0]), dtype=dtype, device=blocks[0].device)
+    for part in parts:
+        total += part @ part.T
+    squares = total.diagonal()  # no entry is larger, by Cauchy and Schwarz
+    if not parts or bool(((squares > 1e-18) & (squares < 1e36)).all()):
         return total
-    for block in jacobian.split(columns, dim=1):
-        size = torch.linalg.vector_norm(block, torch.inf, dim=1, keepdim=True)
-        unit = block / torch.where(size == 0, 1.0, size)
-        size = size.to(dtype)
-        total += (unit @ unit.T).to(dtype) * size * size.T
-    return total
+    size = torch.stack([row_sizes(part) for part in parts]).amax(dim=0)[:, None]
+    total.zero_()
+    for part in parts:
+        unit = part / torch.where(size == 0, 1.0, size)
+        total += unit @ unit.T
+    return total * size.to(dtype) * size.T.to(dtype)
+
+
+def row_sizes(matrix: Tensor) -> Tensor:
+    """The largest absolute value of each row; NaN where a row has one.
+
+    It is ``vector_norm(matrix, inf, dim=1)``, fifteen times faster on the CPU.
+    """
+    if matrix.shape[1] == 0:
+        return matrix.new_zeros(len(matrix))
+    return torch.maximum(matrix.amax(dim=1), -matrix.amin(dim=1))
 
 
 class Given:

@@ -236,7 +236,8 @@ class View:
 
 MIXED_LEVELS = (
     "A weighting per sample ([m, b]) and one per gradient entry ([m, n]) cannot be chained: no single weight tensor "
-    "broadcasts to both. Found both levels in one chain. Use weightings per task ([m]) beside one of them."
+    "broadcasts to both. Expected at most one of the two levels in a chain, found both. Use weightings per task ([m]) "
+    "beside one of them."
 )
 
 

@@ -17,26 +17,34 @@ Level = Literal["task", "sample", "entry"]
 """What a weighting writes: a weight per task ``[m]``, per sample ``[m, b]``, or per gradient entry ``[m, n]``."""
 
 
+LossDomain = Literal["real", "nonnegative", "positive"]
+"""Losses that a weighting is defined for."""
+
+
 @dataclass(frozen=True)
 class Traits:
     """What a weighting claims about its weights. Claims are tested in both directions.
 
     Args:
         nonnegative: no weight is below zero.
-        total: the sum of the weights, whatever the input; ``None`` if it varies.
+        total: the sum of the weights, unless all are zero, while no task has been absent: a number, or ``"m"`` for the
+            number of tasks; ``None`` if it varies.
         nonconflicting: ``G w >= 0``: to first order the step raises no task's loss.
+        stationary: where the step ``Jᵀ w`` is sure to vanish: ``"weak"``, wherever some convex combination of the
+            gradients does; ``"strong"``, where one with positive coefficients alone does; ``None``, nowhere.
         scale_degree: multiplying all losses (and so all gradients) by ``c > 0`` multiplies the weights by
             ``c ** scale_degree``: 0 is invariance, -1 makes the step invariant; ``None`` is neither.
         random: reads ``view.generator``.
-        losses: the losses it is defined for: ``"real"``, or ``"positive"``.
+        losses: the losses it is defined for: ``"real"``, ``"nonnegative"`` or ``"positive"``. It raises for others.
     """
 
     nonnegative: bool = False
-    total: float | None = None
+    total: float | Literal["m"] | None = None
     nonconflicting: bool = False
+    stationary: Literal["weak", "strong"] | None = None
     scale_degree: int | None = None
     random: bool = False
-    losses: Literal["real", "positive"] = "real"
+    losses: LossDomain = "real"
 
 
 @dataclass(frozen=True)

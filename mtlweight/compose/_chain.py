@@ -38,12 +38,17 @@ class Chain(Combinator):
     def traits(self) -> Traits:
         """What a product of the links' weights keeps of their claims."""
         traits = [link.traits for link in self.links]
-        degrees = [trait.scale_degree for trait in traits]
+        degree: int | None = 0
+        for trait in traits:  # the link sees losses times c, times c to the degree so far
+            degree = (
+                None if degree is None or trait.scale_degree is None else degree + (1 + degree) * trait.scale_degree
+            )
+        domains = {trait.losses for trait in traits}
         return Traits(
             nonnegative=all(trait.nonnegative for trait in traits),
-            scale_degree=0 if all(degree == 0 for degree in degrees) else None,
+            scale_degree=degree,
             random=any(trait.random for trait in traits),
-            losses="positive" if any(trait.losses == "positive" for trait in traits) else "real",
+            losses="positive" if "positive" in domains else "nonnegative" if "nonnegative" in domains else "real",
         )
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:

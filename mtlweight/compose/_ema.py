@@ -23,8 +23,9 @@ class _EMA(Combinator):
             raise MTLWeightError(f"ema: expected decay in [0, 1), found {self.decay}. 0 is no averaging.")
         if self.inner.writes != "task":
             raise MTLWeightError(
-                f"ema averages weights per task over steps; found {self.inner!r}, which writes one per "
-                f"{self.inner.writes}, and the next batch has other ones. Wrap a weighting per task."
+                f"ema averages weights per task over steps: expected a weighting per task, found {self.inner!r}, "
+                f"which writes one per {self.inner.writes}, and the next batch has other ones. Wrap a weighting per "
+                f"task."
             )
 
     @property
@@ -36,7 +37,8 @@ class _EMA(Combinator):
         inner = self.inner.traits
         return Traits(
             nonnegative=inner.nonnegative,
-            scale_degree=inner.scale_degree if inner.scale_degree == 0 else None,
+            total=inner.total,
+            scale_degree=inner.scale_degree,
             random=inner.random,
             losses=inner.losses,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,8 +22,9 @@ class _Every(Combinator):
             raise MTLWeightError(f"every: expected k >= 1, found {self.k}. 1 renews the weights at each step.")
         if self.inner.writes != "task":
             raise MTLWeightError(
-                f"every keeps weights per task between steps; found {self.inner!r}, which writes one per "
-                f"{self.inner.writes}, and the next batch has other ones. Wrap a weighting per task."
+                f"every keeps weights per task between steps: expected a weighting per task, found {self.inner!r}, "
+                f"which writes one per {self.inner.writes}, and the next batch has other ones. Wrap a weighting per "
+                f"task."
             )
 
     @property
@@ -33,7 +34,7 @@ class _Every(Combinator):
     @property
     def traits(self) -> Traits:
         inner = self.inner.traits
-        return Traits(nonnegative=inner.nonnegative, random=inner.random, losses=inner.losses)
+        return replace(inner, nonconflicting=False, stationary=None)  # kept weights were made for other gradients
 
     def needs_at(self, step: int) -> Needs:
         return self.inner.needs_at(step) if step % self.k == 0 else Needs.NOTHING

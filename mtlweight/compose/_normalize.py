@@ -37,7 +37,9 @@ class _Normalize(Combinator):
         inner = self.inner.traits
         return Traits(
             nonnegative=inner.nonnegative,
+            total=self.total if inner.nonnegative else None,
             nonconflicting=inner.nonconflicting,
+            stationary=inner.stationary,
             scale_degree=None if inner.scale_degree is None else 0,
             random=inner.random,
             losses=inner.losses,

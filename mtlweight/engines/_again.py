@@ -14,14 +14,15 @@ from mtlweight.engines import _losses
 
 def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """A function that puts the modules' buffers and torch's random state back to what they are now."""
-    buffers = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    owners = [owner for module in modules for owner in module.modules()]
+    buffers = [(owner, *named, named[1].clone()) for owner in owners for named in owner.named_buffers(recurse=False)]
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def restore() -> None:
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for owner, name, buffer, value in buffers:
+                setattr(owner, name, buffer.copy_(value))  # the module may have put another tensor in its place
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)

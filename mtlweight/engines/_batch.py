@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlweight._errors import MTLWeightError, NonFiniteError
-from mtlweight._statistics import gramian_of, statistics_dtype
+from mtlweight._statistics import gramian_of, row_sizes, statistics_dtype
 from mtlweight._view import Needs
 from mtlweight._weighting import Level, ReferenceUse
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
@@ -72,12 +72,13 @@ class Plan:
         """The shared parameters, or an error that says who needs them."""
         if self.shared is None:
             raise MTLWeightError(
-                f"{self.name} reads {what}, but no shared parameters are known. Pass shared=... to MultiTaskOptimizer: "
-                "parameters, a module, or several modules."
+                f"{self.name} reads {what}, but no shared parameters are known: expected shared=... in "
+                "MultiTaskOptimizer, found None. Pass parameters, a module, or several modules."
             )
         if not self.shared:
             raise MTLWeightError(
-                f"{self.name} reads {what}, but no shared parameter requires grad. Expected at least one; unfreeze it."
+                f"{self.name} reads {what}, but no shared parameter requires grad: expected at least one, found none. "
+                "Unfreeze some."
             )
         return self.shared
 
@@ -98,6 +99,11 @@ class Reference:
         trainable = {id(p) for p in plan.trainable}
         if use.scope == "all":
             scope = [p for p in reached if id(p) in trainable]
+            if not scope:
+                raise MTLWeightError(
+                    "No parameter of the optimizer is in the reference's graph: expected the reference to be computed "
+                    "with the optimizer's parameters, found others only. Use the same model for losses and reference."
+                )
         else:
             shared = {id(p) for p in plan.shared_for("the alignment")}
             scope = [p for p in reached if id(p) in shared or (use.scope == "main" and id(p) in trainable)]
@@ -107,10 +113,11 @@ class Reference:
                     "the shared parameters, found other parameters only. Use the same model for losses and reference."
                 )
         wanted = reached if use.learn else scope
-        # A tensor may share its graph with the losses; a callable's graph is ours alone.
-        gradients = torch.autograd.grad(loss, wanted, retain_graph=not called, allow_unused=True)
+        # A tensor may share its graph with the losses. And a compiled model whose first backward may free the graph
+        # refuses later ones that keep it, which the rows need.
+        gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
         known = [(p, _dense(g)) for p, g in zip(wanted, gradients, strict=True) if g is not None]
-        if not _finite(torch.stack([torch.linalg.vector_norm(g, torch.inf).double() for _, g in known])):
+        if known and not _finite(torch.cat([row_sizes(g.reshape(1, -1)).double() for _, g in known])):
             raise NonFiniteError(
                 "The gradient of the reference is not finite: expected finite numbers, found NaN or infinity. Look at "
                 "the held-out batch and its loss."
@@ -176,9 +183,15 @@ class Batch:
         """``[m, n]`` over the shared parameters, of the tasks' means or of the totals that ``coefficients`` make."""
         if self._plan.gradient_engine == "features":
             raise MTLWeightError(
-                f"{self._plan.name} reads the Jacobian over the shared parameters; the features engine measures "
-                "Gramians at the shared representation alone. Use engine='rows'."
+                f"{self._plan.name} reads the Jacobian over the shared parameters: expected an engine that measures "
+                "it, found the features engine, which measures Gramians at the shared representation. Use "
+                "engine='rows'."
             )
+        rows = self._gradients(coefficients)
+        self._check("gradient", torch.stack([row_sizes(block) for block in rows.blocks], dim=1))
+        return rows.matrix
+
+    def _gradients(self, coefficients: Tensor | None) -> _Rows:
         if self._rows is None or self._rows.coefficients is not coefficients:
             shared = self._plan.shared_for("gradients")
             self._rows = self._measure(shared, coefficients, self._plan.gradient_engine)
@@ -187,24 +200,26 @@ class Batch:
                     "No loss reaches the shared parameters: expected shared=... to name parameters in the losses' "
                     "graph, found none of them there. Pass the parameters of the model that computed the losses."
                 )
-            self._check("gradient", torch.linalg.vector_norm(self._rows.matrix, torch.inf, dim=1))
-        return self._rows.matrix
+        return self._rows
 
     def gramian(self, coefficients: Tensor | None) -> Tensor:
         """``[m, m]``: over the shared parameters, or at the shared representation for the features engine."""
         if self._plan.gradient_engine != "features":
-            self._gramian = gramian_of(self.jacobian(coefficients))
-            return self._gramian
+            return self._gramian_of(self._gradients(coefficients))
         measured = self._measure(self._points, coefficients, "rows", keep_graph=True) if self._points else None
         if measured is None or not measured.reached:
             raise MTLWeightError(
                 "engine='features' found no shared representation in the losses' graph: expected the modules in "
-                "shared=... to be called with gradients enabled since the last zero_grad. Call them through their "
+                "shared=... to be called with gradients enabled since the last step. Call them through their "
                 "forward."
             )
-        self._check("gradient", torch.linalg.vector_norm(measured.matrix, torch.inf, dim=1))
-        self._gramian = gramian_of(measured.matrix)
-        return self._gramian
+        return self._gramian_of(measured)
+
+    def _gramian_of(self, rows: _Rows) -> Tensor:
+        gramian = gramian_of(*rows.blocks)
+        self._check("gradient", gramian.diagonal())  # finite if and only if the rows are
+        self._gramian = gramian
+        return gramian
 
     def alignment(self) -> Tensor:
         """``<∇ℓ, g_ref>``: ``[m]`` or ``[m, b]``, like the losses."""
@@ -254,11 +269,10 @@ class Batch:
         return scalar
 
     def idle(self) -> Tensor:
-        """A scalar whose backward changes nothing: for a step that is skipped."""
-        values = [loss.detach().mean() for loss in self._losses.values()]
-        device = values[0].device if values else self._plan.trainable[0].device
-        value = torch.stack(values).sum() if values else torch.zeros((), device=device)
-        return _inject(value, [(p, None) for p in self._plan.trainable])
+        """Zero, with a backward that adds zeros: for a step that is skipped, and scalers that look for gradients."""
+        trainable = self._plan.trainable
+        value = torch.zeros((), device=trainable[0].device if trainable else None)
+        return _inject(value, [(p, torch.zeros_like(p)) for p in trainable])
 
     @torch.enable_grad()  # weigh runs without gradients, measuring needs them
     def _align(self) -> dict[str, Tensor]:
@@ -318,7 +332,8 @@ class Batch:
                 gradients = samples.gradients(losses, every, coefficients)
             else:
                 gradients = {"rows": rows, "batched": batched}[engine].gradients(outputs, every, keep_graph=keep)
-            return _Rows.collect(gradients, inputs, rest, len(outputs), coefficients)
+            whole = Needs.JACOBIAN in plan.needs
+            return _Rows.collect(gradients, inputs, rest, len(outputs), coefficients, whole=whole)
         except RuntimeError as error:
             _name_freed_graph(error)
             raise
@@ -344,48 +359,66 @@ class Batch:
 
 @dataclass
 class _Rows:
-    """The tasks' gradients: flat over the inputs, and one by one over all other leaves."""
+    """The tasks' gradients: a block of columns an input, and one by one over all other leaves."""
 
     inputs: list[Tensor]
     rest: list[Tensor]
-    matrix: Tensor
-    heads: list[list[Tensor | None]]
+    blocks: list[Tensor]
+    heads: list[dict[int, Tensor]]
     coefficients: Tensor | None
     reached: bool
+    whole: Tensor | None
 
     @staticmethod
-    def collect(gradients: Any, inputs: list[Tensor], rest: list[Tensor], m: int, coefficients: Tensor | None) -> _Rows:
+    def collect(
+        gradients: Any, inputs: list[Tensor], rest: list[Tensor], m: int, coefficients: Tensor | None, *, whole: bool
+    ) -> _Rows:
         sizes = [p.numel() for p in inputs]
-        matrix = torch.zeros(m, sum(sizes), dtype=_row_dtype(inputs), device=inputs[0].device)
-        heads: list[list[Tensor | None]] = []
+        options: dict[str, Any] = {"dtype": _row_dtype(inputs), "device": inputs[0].device}
+        # Blocks of their own are cheaper to allocate than one large one, and need not be copied if it is never read.
+        matrix = torch.empty(m, sum(sizes), **options) if whole else None
+        blocks = [torch.empty(m, k, **options) for k in sizes] if matrix is None else list(matrix.split(sizes, dim=1))
+        heads: list[dict[int, Tensor]] = []
         reached = False
-        for row, found in zip(matrix, gradients, strict=True):
-            for part, gradient in zip(row.split(sizes), found, strict=False):
-                if gradient is not None:
+        for t, found in zip(range(m), gradients, strict=True):
+            for block, gradient in zip(blocks, found, strict=False):
+                if gradient is None:
+                    block[t].zero_()
+                else:
                     reached = True
-                    part.copy_(_dense(gradient).flatten())
-            heads.append([None if g is None else _dense(g) for g in found[len(inputs) :]])
-        return _Rows(inputs, rest, matrix, heads, coefficients, reached)
+                    block[t].copy_(_dense(gradient).flatten())
+            heads.append({k: _dense(g) for k, g in enumerate(found[len(inputs) :]) if g is not None})
+        return _Rows(inputs, rest, blocks, heads, coefficients, reached, matrix)
+
+    @property
+    def matrix(self) -> Tensor:
+        """All blocks side by side, ``[m, n]``."""
+        if self.whole is None:
+            self.whole = torch.cat(self.blocks, dim=1)
+            self.blocks = list(self.whole.split([p.numel() for p in self.inputs], dim=1))
+        return self.whole
 
     def subset(self, keep: list[int]) -> _Rows:
-        return _Rows(
-            self.inputs, self.rest, self.matrix[keep], [self.heads[i] for i in keep], self.coefficients, self.reached
-        )
+        blocks, heads = [block[keep] for block in self.blocks], [self.heads[i] for i in keep]
+        return _Rows(self.inputs, self.rest, blocks, heads, self.coefficients, self.reached, None)
 
     def step(self, weights: Tensor, writes: Level, heads: str) -> Pairs:
-        weights = weights.to(self.matrix.dtype)
-        direction = weights @ self.matrix if writes == "task" else (weights * self.matrix).sum(dim=0)
-        parts = direction.split([p.numel() for p in self.inputs])
-        pairs: Pairs = [(p, d.view(p.shape)) for p, d in zip(self.inputs, parts, strict=True)]
-        factors = weights if writes == "task" and heads == "weighted" else torch.ones_like(self.matrix[:, 0])
-        for k, p in enumerate(self.rest):
-            terms = [
-                factors[t].to(torch.promote_types(g.dtype, torch.float32)) * g
-                for t, g in enumerate(row[k] for row in self.heads)
-                if g is not None
-            ]
-            pairs.append((p, sum(terms[1:], terms[0]) if terms else None))
-        return pairs
+        weights = weights.to(self.blocks[0].dtype)
+        if writes == "task":
+            directions = [weights @ block for block in self.blocks]
+        else:
+            parts = weights.split([p.numel() for p in self.inputs], dim=1)
+            directions = [(part * block).sum(dim=0) for part, block in zip(parts, self.blocks, strict=True)]
+        pairs: Pairs = [(p, d.view(p.shape)) for p, d in zip(self.inputs, directions, strict=True)]
+        weighted = writes == "task" and heads == "weighted"
+        totals: list[Tensor | None] = [None] * len(self.rest)
+        for factor, row in zip(weights.unbind(), self.heads, strict=True):
+            for k, gradient in row.items():
+                g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                term = factor.to(g.dtype) * g if weighted else g
+                total = totals[k]
+                totals[k] = term if total is None else total + term
+        return [*pairs, *zip(self.rest, totals, strict=True)]
 
 
 class _Inject(torch.autograd.Function):
@@ -428,8 +461,8 @@ def _main_scope(
 def _name_freed_graph(error: RuntimeError) -> None:
     if "second time" in str(error) or "freed" in str(error):
         raise MTLWeightError(
-            "The losses' graph was freed by an earlier backward or combine. Expected a fresh graph: compute the "
-            "losses again before each combine, or pass them as a callable."
+            "The losses' graph was freed by an earlier backward or combine: expected a fresh graph, found a used one. "
+            "Compute the losses again before each combine, or pass them as a callable."
         ) from error
 
 
@@ -484,17 +517,18 @@ def read(losses: Any, reference: Any, plan: Plan) -> Batch:
         return Batch(_losses.named(losses(), plan.tasks), plan, known)
     try:
         present, aligned = forward.losses_and_tangents(
-            lambda: _losses.named(losses(), plan.tasks), plan.modules, known.parameters, known.tangents
+            losses, plan.tasks, plan.modules, known.parameters, known.tangents
         )
-    except (RuntimeError, NotImplementedError) as error:
-        batch = Batch(
-            _losses.named(losses(), plan.tasks), plan, known
-        )  # an error of the user's own is raised here again, as it is
+    except RuntimeError as error:
+        # An error of the user's own is raised here again, as it is.
+        batch = Batch(_losses.named(losses(), plan.tasks), plan, known)
         plan.warn("forward", forward.cause(error))
         return batch
     if plan.use is not None and plan.use.scope == "main":
         kept, _ = _main_scope(plan, present, known.parameters, known.tangents)
-        if len(kept) < len(known.parameters):  # the reference reaches heads of other tasks too
+        outside = {id(p) for p in known.parameters} - {id(p) for p in kept}
+        if any(id(p) in outside for p in leaves(present.values())):
+            plan.warn("forward", "the reference reaches heads of other tasks, which scope='main' leaves out")
             return Batch(present, plan, known)
     plan.used.append("forward")
     return Batch(present, plan, known, aligned)

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 
 def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
     """The leaf tensors whose ``.grad`` a backward from ``outputs`` would write, in a stable order."""
-    found: dict[int, Tensor] = {}
+    outputs = list(outputs)
+    found = {id(output): output for output in outputs if output.grad_fn is None and output.requires_grad}
+    for node in _nodes(outputs):
+        leaf = _leaf(node)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+    return list(found.values())
+
+
+def bypassed(outputs: Iterable[Tensor], views: Mapping[Tensor, Tensor]) -> list[Tensor]:
+    """The leaves that the graph reaches other than through the view that it was to use.
+
+    Args:
+        outputs: where the graph ends.
+        views: from leaf to its view.
+    """
+    gates = {view.grad_fn for view in views.values()}
+    others = (node for node in _nodes(outputs) if node not in gates)
+    direct = {id(_leaf(parent)) for node in others for parent, _ in node.next_functions if parent is not None}
+    return [leaf for leaf in views if id(leaf) in direct]
+
+
+def once_differentiable(outputs: Iterable[Tensor]) -> bool:
+    """Whether a ``once_differentiable`` backward is in the graph. Torch cuts the graph there: another one skips it."""
+    return any(node.name() == "torch::autograd::Error" for node in _nodes(outputs))
+
+
+def _nodes(outputs: Iterable[Tensor]) -> Iterator[Node]:
+    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set()
-    stack = []
-    for output in outputs:
-        if output.grad_fn is not None:
-            stack.append(output.grad_fn)
-        elif output.requires_grad:
-            found[id(output)] = output
     while stack:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        leaf = getattr(node, "variable", None)  # AccumulateGrad alone has one
-        if leaf is not None:
-            found[id(leaf)] = leaf
+        yield node
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-    return list(found.values())
+
+
+def _leaf(node: Node) -> Tensor | None:
+    leaf: Tensor | None = getattr(node, "variable", None)  # AccumulateGrad alone has one
+    return leaf

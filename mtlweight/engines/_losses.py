@@ -17,7 +17,7 @@ def named(losses: Any, known: Sequence[str] = (), *, graph: bool = True) -> dict
     Args:
         losses: mapping from task name to a scalar or ``[b]`` tensor, or to ``None`` for an absent task; or a tensor
             ``[m]`` or ``[m, b]``, whose tasks are called ``"0"``, ``"1"``, ...
-        known: the tasks that the state knows already; a tensor must have as many.
+        known: the tasks that the state knows already; a tensor must have exactly these.
         graph: whether each loss must have a graph.
 
     Raises:
@@ -29,29 +29,29 @@ def named(losses: Any, known: Sequence[str] = (), *, graph: bool = True) -> dict
                 f"Expected losses of shape [m] or [m, b] with m >= 1 tasks, found {list(losses.shape)}. Stack one "
                 "scalar or one [b] loss a task, or pass a mapping from task name to loss."
             )
-        if known and len(losses) != len(known):
-            raise MTLWeightError(
-                f"Expected losses of the {len(known)} tasks that the state knows ({', '.join(known)}), found "
-                f"{len(losses)}. A tensor of losses cannot say which task is absent: pass a mapping from name to loss."
-            )
         losses = {str(i): row for i, row in enumerate(losses.unbind())}
+        if known and {*known} != {*losses}:
+            raise MTLWeightError(
+                f"Expected losses of the {len(known)} tasks that the state knows ({', '.join(known)}), found a tensor "
+                f"of {len(losses)}. It cannot say which task is which or absent: pass a mapping from name to loss."
+            )
     if not isinstance(losses, Mapping):
         raise MTLWeightError(
             f"Expected losses as a mapping from task name to tensor, a tensor [m] or [m, b], or a callable that "
-            f"returns one of these; found {type(losses).__name__}."
+            f"returns one of these; found {type(losses).__name__}. Pass one of these."
         )
     if not losses:
         raise MTLWeightError("Expected losses of at least one task, found none. Pass None for a task that is absent.")
     present: dict[str, Tensor] = {}
     for task, loss in losses.items():
         if not isinstance(task, str):
-            raise MTLWeightError(f"Expected task names as strings, found {task!r} of type {type(task).__name__}.")
+            raise MTLWeightError(f"Expected task names as strings, found {task!r}. Rename it to {str(task)!r}.")
         if loss is None:
             continue
         if not isinstance(loss, Tensor):
             raise MTLWeightError(
-                f"Expected the loss of task {task!r} as a tensor with a graph, or None if the task is absent; found "
-                f"{type(loss).__name__}."
+                f"Expected the loss of task {task!r} as a tensor, or None if the task is absent; found "
+                f"{type(loss).__name__}. Pass what the loss function returns, without .item()."
             )
         if loss.ndim > 1 or loss.numel() == 0:
             raise MTLWeightError(
@@ -59,7 +59,9 @@ def named(losses: Any, known: Sequence[str] = (), *, graph: bool = True) -> dict
                 f"{list(loss.shape)}. Average over the other dimensions; pass None if no sample has a label."
             )
         if not loss.is_floating_point():
-            raise MTLWeightError(f"Expected the loss of task {task!r} as a real number, found {loss.dtype}.")
+            raise MTLWeightError(
+                f"Expected the loss of task {task!r} as a real number, found {loss.dtype}. Convert it with .float()."
+            )
         if graph and not loss.requires_grad:
             raise MTLWeightError(
                 f"The loss of task {task!r} has no graph: expected a tensor that requires grad, found a constant. "
@@ -89,15 +91,16 @@ def scalar(reference: Any) -> Tensor:
         )
     if not reference.requires_grad:
         raise MTLWeightError(
-            "The reference has no graph: expected a tensor that requires grad. Compute it with gradients."
+            "The reference has no graph: expected a tensor that requires grad, found a constant. Compute it with "
+            "gradients enabled."
         )
     return reference.mean()
 
 
 def stack(losses: Mapping[str, Tensor]) -> Tensor:
-    """``[m]`` or ``[m, b]``, on the first loss's device, in a dtype that holds all."""
+    """``[m]`` or ``[m, b]``, on the first loss's device, in a dtype that holds all, float32 at least."""
     rows = list(losses.values())
-    dtype = rows[0].dtype
+    dtype = torch.float32  # a sum in float16 may overflow, and would round the weights
     for row in rows:
         dtype = torch.promote_types(dtype, row.dtype)
     return torch.stack([row.to(rows[0].device, dtype) for row in rows])

@@ -19,16 +19,13 @@ class Capture:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._outputs: list[Tensor] = []
-        recorder = weakref.ref(self)
-
-        def record(_module: nn.Module, _args: Any, output: Any) -> None:
-            capture = recorder()
-            if capture is not None and torch.is_grad_enabled():
-                capture._outputs.extend(tensor for tensor in tensors(output) if tensor.requires_grad)
-
         for module in modules:
             # The hook goes with the capture, not with the user's module.
-            weakref.finalize(self, module.register_forward_hook(record).remove)
+            weakref.finalize(self, module.register_forward_hook(_Hook(self)).remove)
+
+    def record(self, output: Any) -> None:
+        """Keeps the tensors of one output."""
+        self._outputs.extend(tensor for tensor in tensors(output) if tensor.requires_grad)
 
     def clear(self) -> None:
         """Forgets what was recorded."""
@@ -39,6 +36,21 @@ class Capture:
         outputs = list(self._outputs)
         self._outputs.clear()
         return outputs
+
+
+class _Hook:
+    """The forward hook of a capture. A copy of the module carries one that does nothing."""
+
+    def __init__(self, capture: Capture | None = None) -> None:
+        self._capture = None if capture is None else weakref.ref(capture)
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        capture = None if self._capture is None else self._capture()
+        if capture is not None and torch.is_grad_enabled():
+            capture.record(output)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 def tensors(output: Any) -> Iterator[Tensor]:

@@ -10,9 +10,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from mtlweight.engines import _losses
 from mtlweight.engines._again import snapshot
+from mtlweight.engines._graph import bypassed
 
 
 class _Closure(nn.Module):
@@ -27,6 +29,16 @@ class _Closure(nn.Module):
         return self.closure()
 
 
+class _NoGradHolds(TorchFunctionMode):
+    """Makes ``torch.no_grad`` stop forward derivatives too: torch itself lets them through."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:
+            torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())
+        return result
+
+
 def owns(modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> bool:
     """Whether the modules hold all parameters, so that a closure over the modules can be given dual ones."""
     held = {id(p) for module in modules for p in module.parameters()}
@@ -35,6 +47,7 @@ def owns(modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> bool:
 
 def losses_and_tangents(
     closure: Callable[[], Any],
+    tasks: Sequence[str],
     modules: Sequence[nn.Module],
     parameters: Sequence[Tensor],
     tangents: Sequence[Tensor],
@@ -46,6 +59,7 @@ def losses_and_tangents(
 
     Args:
         closure: returns the losses; may use ``modules`` in any way.
+        tasks: the tasks that the committed state knows.
         modules: own all ``parameters``.
         parameters: the point.
         tangents: ``g``, one tensor a parameter.
@@ -54,22 +68,30 @@ def losses_and_tangents(
         tuple: the present tasks' losses, and their derivatives in the direction ``g``.
 
     Raises:
-        RuntimeError, NotImplementedError: torch's own, for an operator without a forward derivative. Buffers and random
-            state are as before the call.
+        RuntimeError: torch's own, for an operator without a forward derivative; or because the closure got hold of a
+            parameter without asking its module. Buffers and random state are as before the call.
     """
     module = _Closure(modules, closure)
     names = {id(p): name for name, p in module.named_parameters()}
     restore = snapshot([module])
     try:
-        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+        with (
+            forward_ad.dual_level(),
+            forward_ad._set_fwd_grad_enabled(True),
+            _NoGradHolds(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             duals = {
-                names[id(p)]: forward_ad.make_dual(p, g.to(p.dtype).reshape(p.shape))
+                p: forward_ad.make_dual(p, g.to(p.dtype).reshape(p.shape))
                 for p, g in zip(parameters, tangents, strict=True)
             }
-            losses = _losses.named(torch.func.functional_call(module, duals, ()))
+            swapped = {names[id(p)]: dual for p, dual in duals.items()}
+            losses = _losses.named(torch.func.functional_call(module, swapped, ()), tasks)
+            for p in bypassed(losses.values(), duals):  # its derivative would be missing
+                raise RuntimeError(f"a parameter of shape {list(p.shape)} is used outside model= and shared=")
             parts = {task: _split(loss) for task, loss in losses.items()}
             return {t: primal for t, (primal, _) in parts.items()}, {t: tangent for t, (_, tangent) in parts.items()}
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         restore()
         raise
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mtlweight.engines._graph import once_differentiable
+
 
 def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
     """``<∇ℓ[t, i], g>`` for all tasks and samples by differentiating twice.
 
     ``v(u) = Jᵀu`` is linear in ``u``, hence ``∂<v(u), g>/∂u = J g`` for any ``u``: one backward with a graph, and one
-    through it. Needs operators that can be differentiated twice. The graph is kept.
+    through it. The graph is kept.
 
     Args:
         losses: one ``[b]`` or scalar tensor a task.
@@ -21,11 +23,17 @@ def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequ
 
     Returns:
         Tensor: ``[m, b]`` or ``[m]``.
+
+    Raises:
+        RuntimeError: torch's own, for an operator that cannot be differentiated twice; or in place of it, where torch
+            would leave out what flows through a ``once_differentiable`` function.
     """
     stacked = torch.stack(list(losses))
     u = torch.zeros_like(stacked, requires_grad=True)
     pulled = torch.autograd.grad(stacked, inputs, u, create_graph=True, allow_unused=True)
     pairs = [(v, g.to(v.dtype)) for v, g in zip(pulled, tangents, strict=True) if v is not None and v.requires_grad]
+    if once_differentiable(v for v, _ in pairs):
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
     if not pairs:
         return torch.zeros_like(stacked)
     (products,) = torch.autograd.grad([v for v, _ in pairs], u, [g for _, g in pairs], retain_graph=True)

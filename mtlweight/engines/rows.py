@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mtlweight.engines._graph import leaves
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -22,7 +24,13 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, keep_graph
         keep_graph: whether the graph is needed again after the last output.
     """
     for i, output in enumerate(outputs):
-        yield torch.autograd.grad(output, inputs, retain_graph=keep_graph or i + 1 < len(outputs), allow_unused=True)
+        # Other tasks' heads need not be asked for: with many tasks, that alone would take a tenth of the time.
+        reached = {id(p) for p in leaves([output])}
+        mine = [x for x in inputs if not x.is_leaf or id(x) in reached]
+        keep = keep_graph or i + 1 < len(outputs)
+        found = torch.autograd.grad(output, mine, retain_graph=keep, allow_unused=True) if mine else ()
+        known = dict(zip(map(id, mine), found, strict=True))
+        yield tuple(known.get(id(x)) for x in inputs)
 
 
 def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:

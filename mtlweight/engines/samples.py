@@ -71,9 +71,8 @@ def gradients(
     for t, row in enumerate(losses):
         weights = torch.full_like(row, 1 / row.numel()) if coefficients is None else coefficients[t].to(row.dtype)
         parts = weights.detach().reshape(-1).split(chunk_size)
-        totals: list[Tensor] = [torch.zeros_like(x) for x in inputs]
+        totals = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
         for columns, part in zip(jacobian([row], inputs, chunk_size=chunk_size), parts, strict=True):
-            totals = [
-                total + torch.tensordot(part.to(c.dtype), c, dims=1) for total, c in zip(totals, columns, strict=True)
-            ]
+            for total, column in zip(totals, columns, strict=True):
+                total.add_(torch.tensordot(part.to(total.dtype), column.to(total.dtype), dims=1))
         yield tuple(totals)

@@ -49,7 +49,7 @@ class GradNorm(Weighting):
     step_size: float = 0.025
 
     needs = Needs.LOSSES | Needs.GRAMIAN
-    traits = Traits(nonnegative=True, scale_degree=0, losses="positive")
+    traits = Traits(nonnegative=True, total="m", scale_degree=0, losses="nonnegative")
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < math.inf:

@@ -38,7 +38,7 @@ class MGDA(Weighting):
     """
 
     needs = Needs.GRAMIAN
-    traits = Traits(nonnegative=True, total=1.0, nonconflicting=True, scale_degree=0)
+    traits = Traits(nonnegative=True, total=1.0, nonconflicting=True, stationary="weak", scale_degree=0)
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """The min-norm point."""

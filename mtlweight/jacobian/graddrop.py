@@ -57,5 +57,5 @@ class GradDrop(Weighting):
         unit = jacobian / torch.where(size > 0, size, 1.0)  # entrywise scale: sums can neither overflow nor vanish
         purity = (1 + unit.sum(dim=0) / unit.abs().sum(dim=0).clamp(min=1.0)) / 2
         u = torch.rand(purity.shape, dtype=purity.dtype, device=purity.device, generator=view.generator)
-        keep = ((jacobian > 0) == (purity > u)) | (jacobian == 0)  # u = 0 may be drawn, and loses to no purity of 0
-        return torch.where(keep, 1.0, self.leak).to(jacobian.dtype), state
+        lost = (jacobian > 0) != (purity > u)  # u lies in [0, 1): a sign that all entries have always stays
+        return torch.ones_like(jacobian).masked_fill(lost & (jacobian != 0), self.leak), state

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
+from mtlweight.loss._per_task import PerTask, frozen, numbers, row
 
 
 @dataclass(frozen=True)
@@ -35,56 +32,23 @@ class Constant(Weighting):
     tensor([2.0000, 0.5000])
     """
 
-    weights: float | Sequence[float] | Mapping[str, float] = 1.0
+    weights: PerTask = 1.0
 
     needs = Needs.NOTHING
 
     def __post_init__(self) -> None:
-        values = self.weights
-        numbers = (
-            values.values() if isinstance(values, Mapping) else values if isinstance(values, Sequence) else [values]
-        )
-        if isinstance(values, str) or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
-            raise MTLWeightError(
-                f"Constant: expected a finite number, a sequence of them or a mapping from task to number, found "
-                f"{values!r}."
-            )
-        # A private copy, so that the value cannot change under the optimizer.
-        frozen = (
-            dict(values) if isinstance(values, Mapping) else tuple(values) if isinstance(values, Sequence) else values
-        )
-        object.__setattr__(self, "weights", frozen)
+        object.__setattr__(self, "weights", frozen("Constant", "weights", self.weights))
 
     @property
     def traits(self) -> Traits:
-        """Depends on the signs of the weights."""
+        """Depends on the weights."""
         values = self.weights
-        numbers = (
-            values.values() if isinstance(values, Mapping) else values if isinstance(values, Sequence) else [values]
-        )
-        return Traits(nonnegative=all(x >= 0 for x in numbers), scale_degree=0)
+        total = "m" if values == 1.0 else float(sum(values)) if isinstance(values, tuple) else None
+        return Traits(nonnegative=min(numbers(values), default=0.0) >= 0, total=total, scale_degree=0)
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """The given numbers."""
-        return torch.tensor(self._row(view.tasks), dtype=view.dtype, device=view.device), state
-
-    def _row(self, tasks: tuple[str, ...]) -> list[float]:
-        if isinstance(self.weights, Mapping):
-            missing = [task for task in tasks if task not in self.weights]
-            if missing:
-                raise MTLWeightError(
-                    f"Constant: expected a weight for each task, found none for {', '.join(missing)}. Add it to the "
-                    f"mapping {dict(self.weights)}."
-                )
-            return [self.weights[task] for task in tasks]
-        if isinstance(self.weights, Sequence):
-            if len(self.weights) != len(tasks):
-                raise MTLWeightError(
-                    f"Constant: expected {len(self.weights)} tasks, one for each weight, found {len(tasks)} "
-                    f"({', '.join(tasks)}). Where tasks may be absent, give the weights as a mapping by name."
-                )
-            return list(self.weights)
-        return [self.weights] * len(tasks)
+        return row("Constant", "weights", self.weights, view), state
 
     def __repr__(self) -> str:
         return f"Constant({self.weights!r})"

@@ -45,7 +45,7 @@ class DWA(Weighting):
     period: int = 1
 
     needs = Needs.LOSSES
-    traits = Traits(nonnegative=True, scale_degree=0)
+    traits = Traits(nonnegative=True, total="m", scale_degree=0)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -68,7 +68,7 @@ class DWA(Weighting):
         done = count == self.period
         mean = total / count
         return weights, {
-            "before": view.scatter(state["before"], torch.where(done, torch.where(last == 0, mean, last), before)),
+            "before": view.scatter(state["before"], torch.where(done, last, before)),
             "last": view.scatter(state["last"], torch.where(done, mean, last)),
             "sum": view.scatter(state["sum"], torch.where(done, 0.0, total)),
             "count": view.scatter(state["count"], torch.where(done, 0.0, count)),

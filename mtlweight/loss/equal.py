@@ -28,7 +28,7 @@ class Equal(Weighting):
     """
 
     needs = Needs.NOTHING
-    traits = Traits(nonnegative=True, scale_degree=0)
+    traits = Traits(nonnegative=True, total="m", scale_degree=0)
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """Ones."""

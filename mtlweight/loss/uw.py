@@ -11,6 +11,7 @@ from torch import Tensor
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
+from mtlweight.loss._implicit import implicit_step
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class UW(Weighting):
     initial: float = 0.0
 
     needs = Needs.LOSSES
-    traits = Traits(nonnegative=True, losses="positive")
+    traits = Traits(nonnegative=True, losses="nonnegative")
 
     def __post_init__(self) -> None:
         if not 0 < self.step_size < math.inf:
@@ -72,14 +73,5 @@ class UW(Weighting):
                 f"{found}. Shift the loss, or use a weighting that accepts negative losses."
             )
         s = view.gather(state["log_variance"], self.initial)
-        return torch.exp(-s), {"log_variance": view.scatter(state["log_variance"], self._step(s, losses))}
-
-    def _step(self, s: Tensor, losses: Tensor) -> Tensor:
-        # In the variable u = s' - log η ℓ the equation is u - exp(-u) = a: Newton's method from the left of the root of
-        # this increasing, concave function converges monotonically.
-        log_scaled = math.log(self.step_size) + torch.log(losses)
-        a = s - self.step_size - log_scaled
-        u = torch.where(a > 0, a, -torch.log1p((-a).clamp(min=0)))
-        for _ in range(8):
-            u = u - (u - torch.exp(-u) - a) / (1 + torch.exp(-u))
-        return torch.where(losses > 0, u + log_scaled, s - self.step_size)
+        stepped = torch.where(losses > 0, implicit_step(s, losses, self.step_size), s - self.step_size)
+        return torch.exp(-s), {"log_variance": view.scatter(state["log_variance"], stepped)}

@@ -60,13 +60,17 @@ class SLGrad(Weighting):
 
     needs = Needs.ALIGNMENT | Needs.SAMPLES
     writes = "sample"
-    traits = Traits(nonnegative=True, scale_degree=0)
 
     def __post_init__(self) -> None:
         if self.scope not in ("shared", "main", "all"):
             raise MTLWeightError(f"SLGrad: expected scope 'shared', 'main' or 'all', found {self.scope!r}.")
         if not 0 < self.total < math.inf:
             raise MTLWeightError(f"SLGrad: expected a finite total > 0, found {self.total}.")
+
+    @property
+    def traits(self) -> Traits:
+        """Never negative, with the given sum."""
+        return Traits(nonnegative=True, total=self.total, scale_degree=0)
 
     @property
     def reference(self) -> ReferenceUse:

@@ -16,7 +16,7 @@ def weights(steps, generators, leak=0.0):
             P = 0.5 * (1 + sum(column) / size) if size > 0 else 0.5  # eq. 1
             for t in range(m):
                 # Algorithm 1: M = I[f(P) > U] I[g > 0] + I[f(P) < U] I[g < 0]; U = P, of probability 0, goes with g < 0
-                M = float((P > U[k] and column[t] > 0) or (P <= U[k] and column[t] < 0))
+                M = float((U[k] < P and column[t] > 0) or (U[k] >= P and column[t] < 0))
                 W[t, k] = leak + (1 - leak) * M if column[t] != 0 else 1.0  # (ℓ + (1 - ℓ) M) g; of g = 0, any
         history.append(W)
     return history

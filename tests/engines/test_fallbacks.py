@@ -1,0 +1,252 @@
+"""Where an engine cannot run: the next one does, with one warning, and as if the attempt had not been made."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from mtlweight import MGDA, MTLWeightError
+from tests.engines.test_alignment import combined, on_samples, optimizer_for, oracle, written
+from tests.engines.zoo import BAG, NETWORKS, SEED, Recipe, TwoTasks, alignment, close, jacobian, numbers, problem
+
+
+class Halve(torch.autograd.Function):
+    """Has a second derivative, and no forward one."""
+
+    @staticmethod
+    def forward(_ctx, x):
+        return x / 2
+
+    @staticmethod
+    def backward(_ctx, incoming):
+        return incoming / 2
+
+
+class HalveOnce(torch.autograd.Function):
+    """Has neither."""
+
+    @staticmethod
+    def forward(_ctx, x):
+        return x / 2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(_ctx, incoming):
+        return incoming / 2
+
+
+class Halving(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
+class RunningMean(nn.Module):
+    """Keeps a buffer by putting a new tensor in its place, which restoring the old tensor's values would not undo."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(dim=0)
+        return x - self.mean
+
+
+def stateful(function):
+    """Buffers advance and random numbers are drawn before the operator that fails, and after it."""
+
+    def model():
+        before = [nn.Linear(5, 4), nn.BatchNorm1d(4), RunningMean(), nn.Dropout(0.5)]
+        return TwoTasks(nn.Sequential(*before, Halving(function), nn.Dropout(0.5), nn.BatchNorm1d(4)), 4)
+
+    return Recipe(model, numbers(5))
+
+
+ONCE, TWICE = stateful(HalveOnce), stateful(Halve)
+JVP = r"the forward engine .*Halving: You must implement the jvp function for custom autograd.Function"
+AGAIN = r"the pullback engine .*differentiate twice a function that was marked with @once_differentiable"
+FLASH = r"the pullback engine .*_scaled_dot_product_flash_attention_for_cpu_backward"
+CASES = {
+    # recipe, dtype, engine, the engine that runs in the end, what each warning says
+    "no jvp": (TWICE, torch.float64, "auto", "pullback", [JVP]),
+    "no jvp, forward on request": (TWICE, torch.float64, "forward", "pullback", [JVP]),
+    "neither jvp nor second derivative": (ONCE, torch.float64, "auto", "rows", [JVP, AGAIN]),
+    "no second derivative, pullback on request": (ONCE, torch.float64, "pullback", "rows", [AGAIN]),
+    "fused LSTM": (
+        NETWORKS["LSTM"],
+        torch.float32,
+        "auto",
+        "pullback",
+        [r"the forward engine .*LSTM: Trying to use forward AD with mkldnn_rnn_layer"],
+    ),
+    "EmbeddingBag": (
+        BAG,
+        torch.float32,
+        "auto",
+        "rows",
+        [
+            r"the forward engine .*EmbeddingBag: Trying to use forward AD with _embedding_bag",
+            r"the pullback engine .*derivative for '_embedding_bag_backward' is not implemented",
+        ],
+    ),
+    "attention, flash kernel": (NETWORKS["attention"], torch.float32, "pullback", "rows", [FLASH]),
+    "scaled dot product, flash kernel": (NETWORKS["scaled dot product"], torch.float32, "pullback", "rows", [FLASH]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_next_engine_runs_after_one_warning_that_names_the_cause_and_every_step_is_counted(case):
+    recipe, dtype, engine, ran, messages = CASES[case]
+    p, other = problem(recipe, dtype=dtype), problem(recipe, dtype=dtype)
+    optimizer = optimizer_for(p, on_samples, engine=engine)
+    with pytest.warns(UserWarning, match="^mtlweight: ") as record:
+        reports = [combined(p, optimizer, p.sample_losses) for _ in range(3)]
+    caught = [warning for warning in record if str(warning.message).startswith("mtlweight: ")]
+    assert len(caught) == len(messages)
+    for warning, message in zip(caught, messages, strict=True):
+        assert re.search(message, str(warning.message))
+    assert [[*report.fallbacks.values()] for report in reports] == [[n] * len(messages) for n in (1, 2, 3)]
+    for text, message in zip(reports[-1].fallbacks, messages, strict=True):
+        assert re.search(message, text)
+    assert {report.engine for report in reports} == {ran}
+    assert close(reports[0].alignment, oracle(other, "sample_losses"), 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("network", ["attention", "scaled dot product", "transformer layer with dropout"])
+def test_forward_runs_attention_through_its_math_kernel_without_a_fallback(network):
+    p = problem(NETWORKS[network], dtype=torch.float32)
+    report = combined(p, optimizer_for(p, on_samples), p.sample_losses)
+    assert (report.engine, dict(report.fallbacks)) == ("forward", {})
+
+
+@pytest.mark.parametrize(("recipe", "then"), [(TWICE, "pullback"), (ONCE, "rows")], ids=["to pullback", "to rows"])
+def test_buffers_random_state_and_gradients_are_those_of_a_step_without_the_attempt(recipe, then):
+    states = []
+    for engine in ("auto", then):
+        p = problem(recipe)
+        optimizer = optimizer_for(p, on_samples, engine=engine)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="mtlweight: ")
+            for _ in range(2):
+                optimizer.zero_grad()
+                combined(p, optimizer, p.sample_losses)
+        gradients = {name: q.grad for name, q in p.model.named_parameters()}
+        states.append({"random": torch.get_rng_state(), **p.model.state_dict(), **gradients})
+    names = [name for name in states[0] if "running_" in name or "num_batches" in name or name.endswith(".mean")]
+    assert len(names) == 7
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("engine", ["forward", "pullback", "samples", "rows"])
+def test_what_is_computed_under_no_grad_is_a_constant_to_every_engine(engine):
+    p, other = problem(NETWORKS["dropout"]), problem(NETWORKS["dropout"])
+
+    def losses(p):
+        with torch.no_grad():
+            teacher = p.run(p.x)["left"]
+        assert torch.is_grad_enabled()
+        return {task: loss + teacher.square().sum(dim=1) * loss for task, loss in p.sample_losses().items()}
+
+    report = combined(p, optimizer_for(p, on_samples, engine=engine), lambda: losses(p))
+    torch.manual_seed(SEED)
+    reference = other.reference()
+    assert report.engine == engine
+    assert close(report.alignment, alignment(losses(other), reference, other.shared))
+
+
+def test_a_parameter_that_the_closure_holds_itself_makes_forward_fall_back_instead_of_missing_its_derivative():
+    p, other = problem(NETWORKS["linear"]), problem(NETWORKS["linear"])
+    weight = p.model.encoder[0].weight
+
+    def losses():
+        return {task: loss + (p.x @ weight.T).square().sum(dim=1) for task, loss in p.sample_losses().items()}
+
+    with pytest.warns(UserWarning, match=r"parameter of shape \[4, 5\] is used outside model= and shared="):
+        report = combined(p, optimizer_for(p, on_samples), losses)
+    assert report.engine == "pullback"
+    added = (other.x @ other.model.encoder[0].weight.T).square().sum(dim=1)
+    assert close(
+        report.alignment, oracle(other, "sample_losses") + alignment({"": added}, other.reference(), other.shared)
+    )
+
+
+def test_a_head_that_ties_a_shared_parameter_makes_forward_fall_back_unless_the_model_is_named():
+    p, other = problem(NETWORKS["tied parameters"]), problem(NETWORKS["tied parameters"])
+    with pytest.warns(UserWarning, match=r"parameter of shape \[7, 4\] is used outside model= and shared="):
+        report = combined(p, optimizer_for(p, on_samples, model=None), p.sample_losses)
+    assert report.engine == "pullback"
+    assert close(report.alignment, oracle(other, "sample_losses"))
+
+
+@pytest.mark.parametrize("engine", ["auto", "forward", "pullback"])
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, KeyError, ValueError, StopIteration])
+@pytest.mark.parametrize("where", ["losses", "reference"])
+def test_the_users_own_error_is_raised_as_it_is_and_is_no_fallback(where, error, engine):
+    p = problem(NETWORKS["dropout"])
+    optimizer = optimizer_for(p, on_samples, engine=engine)
+
+    def fails():
+        p.sample_losses()
+        raise error("the user's own")
+
+    calls = {"losses": p.sample_losses, "reference": p.reference, where: fails}
+    with pytest.raises(error) as caught:  # and no warning, since warnings are errors
+        optimizer.combine(calls["losses"], reference=calls["reference"])
+    assert type(caught.value) is error
+    assert caught.value.args == ("the user's own",)
+    combined(p, optimizer, p.sample_losses)
+    assert optimizer.report.engine == ("pullback" if engine == "pullback" else "forward")
+    assert not optimizer.report.fallbacks
+
+
+@pytest.mark.parametrize("engine", ["rows", "batched", "samples", "pullback"])
+def test_losses_whose_graph_is_gone_are_an_error_and_no_fallback(engine):
+    p = problem(NETWORKS["linear"])
+    optimizer = optimizer_for(p, on_samples if engine == "pullback" else MGDA(), engine=engine)
+    losses, reference = p.sample_losses(), p.reference()
+    sum(loss.sum() for loss in losses.values()).backward()
+    with pytest.raises(MTLWeightError, match="graph was freed by an earlier backward or combine"):
+        optimizer.combine(losses, reference=reference)
+
+
+@pytest.fixture
+def compiled():
+    """A problem whose model is compiled: its backward is torch's, the kernels are eager ones."""
+    torch._dynamo.reset()
+    p = problem(Recipe(lambda: TwoTasks(nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Dropout(0.0)), 4), numbers(5)))
+    p.run = torch.compile(p.model, backend="aot_eager")
+    yield p
+    torch._dynamo.reset()
+
+
+def test_rows_runs_compiled_models(compiled):
+    other = problem(Recipe(lambda: TwoTasks(nn.Sequential(nn.Linear(5, 4), nn.Sigmoid()), 4), numbers(5)))
+    optimizer = optimizer_for(compiled, MGDA())
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.combine(compiled.task_losses).backward()
+        optimizer.step()
+    rows = jacobian(other.task_losses(), other.shared)
+    assert optimizer.report.engine == "rows"
+    assert close(optimizer.report.gramian, rows @ rows.T)
+    assert close(written(compiled.shared), optimizer.report.weights @ rows)
+    assert close(written(compiled.heads), optimizer.report.weights @ jacobian(other.task_losses(), other.heads))
+
+
+def test_alignment_of_compiled_models_falls_back_to_rows(compiled):
+    other = problem(Recipe(lambda: TwoTasks(nn.Sequential(nn.Linear(5, 4), nn.Sigmoid()), 4), numbers(5)))
+    optimizer = optimizer_for(compiled, on_samples)
+    with pytest.warns(UserWarning, match="^mtlweight: ") as record:
+        reports = [combined(compiled, optimizer, compiled.sample_losses) for _ in range(2)]
+    caught = [warning for warning in record if str(warning.message).startswith("mtlweight: ")]
+    assert len(caught) == 2
+    assert "TwoTasks: You must implement the jvp function" in str(caught[0].message)
+    assert "torch.compile with aot_autograd does not currently support double backward" in str(caught[1].message)
+    assert {report.engine for report in reports} == {"rows"}
+    assert all(close(report.alignment, oracle(other, "sample_losses")) for report in reports)

@@ -1,0 +1,251 @@
+"""The gradient engines, against one ordinary backward a task."""
+
+import pytest
+import torch
+
+import mtlweight
+from mtlweight import MultiTaskOptimizer, Needs
+from tests.engines.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem
+
+# Some operators' backward has no batching rule: torch loops over it and says so, once in a process.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet:UserWarning")
+
+ENGINES = ("auto", "rows", "batched", "samples")
+WEIGHTS = (0.3, -1.7)
+FORMS = {
+    "mapping": lambda losses: losses(),
+    "tensor": lambda losses: torch.stack([*losses().values()]),
+    "callable": lambda losses: losses,
+}
+
+networks = pytest.mark.parametrize("network", NETWORKS)
+engines = pytest.mark.parametrize("engine", ENGINES)
+
+
+def seeded(call):
+    """Dropout draws the same masks each time."""
+    torch.manual_seed(SEED)
+    return call()
+
+
+class Reader:
+    """A weighting that keeps what it reads and answers with fixed weights."""
+
+    def __init__(self, needs=Needs.JACOBIAN | Needs.GRAMIAN, weights=WEIGHTS, writes="task"):
+        self.views = []
+
+        @mtlweight.weighting(needs, writes=writes)
+        def fixed(view):
+            self.views.append({n.name: getattr(view, n.name.lower()) for n in needs if n is not Needs.SAMPLES})
+            return torch.as_tensor(weights, dtype=view.dtype, device=view.device)
+
+        self.weighting = fixed
+
+    def read(self, p: Problem, losses, **options):
+        """What the view shows; ``.grad`` holds what the backward wrote."""
+        optimizer = MultiTaskOptimizer(
+            torch.optim.SGD(p.model.parameters(), lr=0.0), self.weighting, **{"shared": p.model.encoder, **options}
+        )
+        seeded(lambda: optimizer.combine(losses() if callable(losses) else losses)).backward()
+        optimizer.step()
+        self.report = optimizer.report
+        return self.views[-1]
+
+
+def written(parameters):
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+
+
+def of_equal(network, losses, device):
+    """The Jacobians over shared parameters and over heads, of an equal problem."""
+    p = problem(NETWORKS[network], device=device)
+    found = seeded(getattr(p, losses))
+    means = {task: loss.mean() for task, loss in found.items()}
+    return jacobian(means, p.shared), jacobian(means, p.heads)
+
+
+@networks
+@engines
+@pytest.mark.parametrize("form", FORMS)
+def test_jacobian_and_gramian_are_those_of_one_backward_a_task(network, engine, form, device):
+    p = problem(NETWORKS[network], device=device)
+    view = Reader().read(p, lambda: FORMS[form](p.task_losses), engine=engine)
+    expected, _ = of_equal(network, "task_losses", device)
+    assert close(view["JACOBIAN"], expected)
+    assert close(view["GRAMIAN"], expected @ expected.T)
+
+
+@networks
+@engines
+def test_a_loss_for_each_sample_counts_by_its_mean(network, engine, device):
+    p = problem(NETWORKS[network], device=device)
+    view = Reader().read(p, p.sample_losses, engine=engine)
+    assert close(view["JACOBIAN"], of_equal(network, "sample_losses", device)[0])
+
+
+@networks
+@pytest.mark.parametrize("engine", [*ENGINES, "features"])
+@pytest.mark.parametrize("heads", ["weighted", "unweighted"])
+def test_backward_writes_the_weighted_rows_and_the_heads_gradient_of_the_chosen_kind(network, engine, heads, device):
+    p = problem(NETWORKS[network], device=device)
+    reader = Reader(Needs.GRAMIAN)
+    reader.read(p, p.task_losses, engine=engine, heads=heads)
+    shared, others = of_equal(network, "task_losses", device)
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64, device=device)
+    assert close(written(p.shared), weights @ shared)
+    assert close(written(p.heads), (weights if heads == "weighted" else torch.ones_like(weights)) @ others)
+    assert reader.report.engine == ("rows" if engine == "auto" else engine)
+
+
+@networks
+@engines
+def test_weights_for_gradient_entries_multiply_the_rows_and_leave_the_heads_alone(network, engine, device):
+    p = problem(NETWORKS[network], device=device)
+    shared, others = of_equal(network, "task_losses", device)
+    weights = torch.linspace(-1, 1, shared.numel(), dtype=torch.float64, device=device).reshape(shared.shape)
+    Reader(Needs.JACOBIAN, weights, "entry").read(p, p.task_losses, engine=engine)
+    assert close(written(p.shared), (weights * shared).sum(dim=0))
+    assert close(written(p.heads), others.sum(dim=0))
+
+
+@networks
+@engines
+def test_behind_weights_for_samples_the_rows_are_those_of_the_weighted_totals(network, engine, device):
+    p = problem(NETWORKS[network], device=device)
+    on_samples = torch.linspace(0.5, 2, 12, dtype=torch.float64, device=device).reshape(2, 6)
+    first, then = Reader(Needs.NOTHING, on_samples, "sample"), Reader()
+    both = Reader()
+    both.weighting, both.views = first.weighting >> then.weighting, then.views
+    view = both.read(p, p.sample_losses, engine=engine)
+    other = problem(NETWORKS[network], device=device)
+    losses = torch.stack([*seeded(other.sample_losses).values()])
+    totals = dict(enumerate((on_samples * losses).sum(dim=1)))
+    assert close(view["JACOBIAN"], jacobian(totals, other.shared))
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64, device=device)
+    assert close(written(p.shared), weights @ jacobian(totals, other.shared))
+    assert close(written(p.heads), weights @ jacobian(totals, other.heads))
+
+
+@networks
+def test_features_measures_the_gramian_at_the_shared_representation(network, device):
+    p = problem(NETWORKS[network], device=device)
+    view = Reader(Needs.GRAMIAN).read(p, lambda: p.task_losses, engine="features")
+    other = problem(NETWORKS[network], device=device)
+    represented = seeded(lambda: other.model.encoder(other.x))
+    losses = {task: loss.mean() for task, loss in other.score(other.model.decode(represented)).items()}
+    rows = jacobian(losses, list(represented) if isinstance(represented, tuple) else [represented])
+    assert close(view["GRAMIAN"], rows @ rows.T)
+
+
+def test_features_bounds_the_gramian_of_the_parameters_by_the_norm_of_the_encoder(device):
+    p = problem(NETWORKS["linear"], device=device)
+    gramians = [
+        Reader(Needs.GRAMIAN).read(p, p.task_losses, engine=engine)["GRAMIAN"] for engine in ("rows", "features")
+    ]
+    encoder = torch.autograd.functional.jacobian(
+        lambda weight, bias: torch.func.functional_call(p.model.encoder, {"0.weight": weight, "0.bias": bias}, (p.x,)),
+        tuple(p.shared),
+    )
+    norm = torch.linalg.matrix_norm(torch.cat([part.reshape(24, -1) for part in encoder], dim=1), 2)
+    gap = norm**2 * gramians[1] - gramians[0]
+    assert torch.linalg.eigvalsh(gap).min() >= -1e-12 * gap.abs().max()
+
+
+def test_features_has_no_jacobian_over_the_parameters():
+    p = problem(NETWORKS["linear"])
+    with pytest.raises(mtlweight.MTLWeightError, match=r"the features engine, which measures Gramians .* Use engine='rows'"):
+        Reader().read(p, p.task_losses, engine="features")
+
+
+@engines
+def test_embedding_bag_gives_the_same_rows_on_each_gradient_engine(engine):
+    p, other = problem(BAG), problem(BAG)
+    view = Reader().read(p, p.task_losses, engine=engine)
+    assert close(view["JACOBIAN"], jacobian(other.task_losses(), other.shared))
+
+
+def test_rows_makes_sparse_gradients_dense():
+    p, other = problem(NETWORKS["embedding"]), problem(NETWORKS["embedding"])
+    p.model.encoder[0].sparse = True
+    assert torch.autograd.grad(p.reference(), p.shared)[0].is_sparse
+    assert close(Reader().read(p, p.task_losses)["JACOBIAN"], jacobian(other.task_losses(), other.shared))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("m", [1, 33, 70])
+def test_any_number_of_tasks_fits_into_the_chunks(engine, m):
+    torch.manual_seed(SEED)
+    weight, x = torch.randn(3, dtype=torch.float64, requires_grad=True), torch.randn(m, 3, dtype=torch.float64)
+    seen = []
+
+    @mtlweight.weighting(Needs.JACOBIAN)
+    def equal(view):
+        seen.append(view.jacobian)
+        return torch.ones(m)
+
+    optimizer = MultiTaskOptimizer(torch.optim.SGD([weight], lr=0.1), equal, shared=weight, engine=engine)
+    optimizer.combine((x @ weight).square()).backward()
+    expected = 2 * (x @ weight)[:, None] * x
+    assert close(seen[0], expected)
+    assert close(weight.grad, expected.sum(dim=0))
+
+
+@engines
+def test_a_head_of_an_absent_task_gets_no_gradient(engine):
+    p = problem(NETWORKS["linear"])
+    Reader(Needs.GRAMIAN, WEIGHTS[:1]).read(p, lambda: {**p.task_losses(), "right": None}, engine=engine)
+    assert all(q.grad is None for q in p.model.heads["right"].parameters())
+    assert all(q.grad is not None for q in p.model.heads["left"].parameters())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_keep_the_parameters_memory_format(engine):
+    p = problem(NETWORKS["channels last"])
+    Reader().read(p, p.task_losses, engine=engine)
+    weight = p.model.encoder[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert weight.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_of_low_precision_parameters_the_statistics_are_those_of_float32_within_the_dtypes_rounding(engine, dtype):
+    low = problem(NETWORKS["linear"], dtype=dtype)
+    view = Reader().read(low, low.sample_losses, engine=engine)
+    high = problem(NETWORKS["linear"], dtype=dtype)
+    high.model.float()
+    high.x, high.y["left"] = high.x.float(), high.y["left"].float()
+    expected = jacobian({t: loss.mean() for t, loss in high.sample_losses().items()}, high.shared)
+    assert view["JACOBIAN"].dtype == torch.float32
+    assert close(view["JACOBIAN"], expected, rounding=4 * torch.finfo(dtype).eps)
+    weights = [mtlweight.MGDA()(jacobian=J) for J in (view["JACOBIAN"], expected)]
+    assert close(weights[0], weights[1], rounding=16 * torch.finfo(dtype).eps)
+    assert all(p.grad.dtype == dtype for p in low.shared)
+
+
+def test_samples_sums_bfloat16_gradients_in_float32():
+    # 2^-9 is lost beside 1 in bfloat16: summed there, the total would stay 1.
+    weight = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
+    scale = torch.cat([torch.ones(1), torch.full((511,), 2.0**-9)]).bfloat16()
+    seen = []
+
+    @mtlweight.weighting(Needs.JACOBIAN)
+    def equal(view):
+        seen.append(view.jacobian)
+        return torch.ones(1)
+
+    optimizer = MultiTaskOptimizer(torch.optim.SGD([weight], lr=0.1), equal, shared=weight, engine="samples")
+    optimizer.combine({"a": scale * weight})
+    assert close(512 * seen[0], torch.tensor([[1 + 511 * 2.0**-9]]), rounding=1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_measuring_leaves_the_random_state_and_the_buffers_as_the_forward_pass_left_them(engine):
+    p = problem(NETWORKS["dropout"])
+    losses = seeded(p.task_losses)
+    state = torch.get_rng_state()
+    optimizer = MultiTaskOptimizer(
+        torch.optim.SGD(p.model.parameters(), lr=0.0), Reader().weighting, shared=p.shared, engine=engine
+    )
+    optimizer.combine(losses).backward()
+    assert torch.equal(torch.get_rng_state(), state)
