@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._report import Report
-from mtlweight._statistics import Given
+from mtlweight._statistics import Given, all_finite
 from mtlweight._view import State, View
 from mtlweight._weighting import Weighting, evaluate
 from mtlweight.engines import ENGINES, Batch, Capture, Plan, look_again, read, snapshot
@@ -346,7 +346,7 @@ class MultiTaskOptimizer(Optimizer):
         r.capture = Capture(modules)
 
     def _expect_finite(self, weights: Tensor, state: State) -> None:
-        if not all(value.isfinite().all() for value in (weights, *_tensors(state))):
+        if not all_finite([weights, *_tensors(state)]):
             raise NonFiniteError(
                 f"{self._record.weighting!r} returned weights or a state that are not finite for finite losses and "
                 f"gradients: expected finite ones, found weights {weights.flatten()[:8].tolist()}. Look at its "
@@ -356,7 +356,7 @@ class MultiTaskOptimizer(Optimizer):
     def _gradients_are_finite(self) -> bool:
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        if not values or bool(nn.utils.get_total_norm(values, torch.inf).isfinite()):
+        if all_finite(values):
             return True
         if self._record.on_nonfinite == "raise":
             bad = next(g for g in values if not g.isfinite().all())
@@ -385,7 +385,7 @@ class MultiTaskOptimizer(Optimizer):
         if pending.observe is not None and pending.state is not None:
             view = View(pending.observe(), step=r.step - 1, seed=r.seed)
             seen = r.weighting.observe(view, pending.state) if view.losses.isfinite().all() else None
-            if seen is not None and all(value.isfinite().all() for value in _tensors(seen)):
+            if seen is not None and all_finite(list(_tensors(seen))):
                 r.state = seen
             else:
                 r.fallbacks["the losses after the step were not finite: not observed"] += 1
@@ -450,7 +450,7 @@ def _signature(weighting: Weighting) -> str:
 
 def _tensors(state: Any) -> Iterable[Tensor]:
     for value in state.values():
-        if isinstance(value, Tensor):
-            yield value
-        else:
+        if not isinstance(value, Tensor):
             yield from _tensors(value)
+        elif value.is_floating_point():
+            yield value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mtlweight._errors import MTLWeightError
 
@@ -47,6 +49,12 @@ def row_sizes(matrix: Tensor) -> Tensor:
     if matrix.shape[1] == 0:
         return matrix.new_zeros(len(matrix))
     return torch.maximum(matrix.amax(dim=1), -matrix.amin(dim=1))
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor holds NaN or infinity."""
+    # The Euclidean norm is the fast one; finite values may overflow it, and then the largest value decides.
+    return not tensors or any(bool(nn.utils.get_total_norm(tensors, p).isfinite()) for p in (2.0, torch.inf))
 
 
 class Given:

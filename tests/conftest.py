@@ -7,6 +7,8 @@ import torch
 hypothesis.settings.register_profile(
     "mtlweight", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
 )
+# For releases: pytest --hypothesis-profile=thorough
+hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("mtlweight"), max_examples=2000)
 hypothesis.settings.load_profile("mtlweight")
 
 os.environ["MPLBACKEND"] = "agg"  # also for the scripts that tests start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,11 +58,27 @@ class Chain(Combinator):
         total = torch.ones(len(view.tasks), dtype=view.dtype, device=view.device)
         total = total[:, None] if columns else total
         states: dict[str, Tensor | State] = {}
+        scale = torch.ones(len(view.tasks), dtype=view.dtype, device=view.device)
         for i, link in enumerate(self.links):
             weights, states[str(i)] = evaluate(link, view, substate(state, i))
+            if link.observes:
+                states[f"{i} sees"] = view.scatter(state.get(f"{i} sees", {}), scale)
+            if link.writes != "entry":  # weights per gradient entry leave the losses alone
+                a, b = (x if scale.ndim == weights.ndim or x.ndim == 2 else x[:, None] for x in (scale, weights))
+                scale = a * b
             view = view.scaled(weights, link.writes)
             total = total * (weights[:, None] if columns and weights.ndim == 1 else weights)
         return total, states
+
+    def observe(self, view: View, state: State) -> State:
+        """Each link that observes sees the losses with the weights that the links before it had in this step."""
+        seen: dict[str, Any] = dict(state)
+        for i, link in enumerate(self.links):
+            if link.observes:
+                scale = view.gather(seen[f"{i} sees"])
+                scaled = view.scaled(scale, "task" if scale.ndim == 1 else "sample")
+                seen[str(i)] = link.observe(scaled, substate(state, i))
+        return seen
 
     def __repr__(self) -> str:
         return " >> ".join(map(repr, self.links))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlweight._errors import MTLWeightError, NonFiniteError
-from mtlweight._statistics import gramian_of, row_sizes, statistics_dtype
+from mtlweight._statistics import all_finite, gramian_of, row_sizes, statistics_dtype
 from mtlweight._view import Needs
 from mtlweight._weighting import Level, ReferenceUse
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
@@ -117,7 +118,7 @@ class Reference:
         # refuses later ones that keep it, which the rows need.
         gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
         known = [(p, _dense(g)) for p, g in zip(wanted, gradients, strict=True) if g is not None]
-        if known and not _finite(torch.cat([row_sizes(g.reshape(1, -1)).double() for _, g in known])):
+        if not all_finite([g for _, g in known]):
             raise NonFiniteError(
                 "The gradient of the reference is not finite: expected finite numbers, found NaN or infinity. Look at "
                 "the held-out batch and its loss."
@@ -134,7 +135,7 @@ class Batch:
     Args:
         losses: the present tasks' losses, with their graph.
         plan: how to measure.
-        reference: the reference's gradient, if there is one.
+        reference: computes the reference's gradient, if there is one.
         alignment: one ``[b]`` or scalar tensor a task, if it is known already.
     """
 
@@ -142,7 +143,7 @@ class Batch:
         self,
         losses: dict[str, Tensor],
         plan: Plan,
-        reference: Reference | None = None,
+        reference: Callable[[], Reference] | None = None,
         alignment: dict[str, Tensor] | None = None,
     ) -> None:
         self._losses = losses
@@ -151,6 +152,7 @@ class Batch:
         self._aligned = alignment
         self._points = plan.capture.take() if plan.capture is not None else []
         self._rows: _Rows | None = None
+        self._values: Tensor | None = None
         self._gramian: Tensor | None = None
 
     @property
@@ -175,9 +177,11 @@ class Batch:
 
     def losses(self) -> Tensor:
         """``[m]`` or ``[m, b]``, detached."""
-        values = _losses.stack(self._losses).detach().to(statistics_dtype(self.device))
-        self._check("loss", values)
-        return values
+        if self._values is None:
+            values = _losses.stack(self._losses).detach().to(statistics_dtype(self.device))
+            self._check("loss", values)
+            self._values = values
+        return self._values
 
     def jacobian(self, coefficients: Tensor | None) -> Tensor:
         """``[m, n]`` over the shared parameters, of the tasks' means or of the totals that ``coefficients`` make."""
@@ -263,8 +267,9 @@ class Batch:
                 scalar = _inject(value, self._two_backwards(total, plain.sum()))
             else:
                 scalar = value + (total - total.detach())
-        if self._reference is not None and self._plan.use is not None and self._reference.learnt:
-            learnt: Pairs = [(p, self._plan.use.learn * g) for p, g in self._reference.learnt]
+        use = self._plan.use
+        if use is not None and use.learn and self._reference is not None:
+            learnt: Pairs = [(p, use.learn * g) for p, g in self._reference().learnt]
             scalar = scalar + _inject(torch.zeros_like(value), learnt)
         return scalar
 
@@ -306,7 +311,7 @@ class Batch:
                 "reference=...), found no reference. Pass the main task's loss on held-out data, as a tensor or a "
                 "callable."
             )
-        return self._reference
+        return self._reference()
 
     @torch.enable_grad()  # as above
     def _measure(
@@ -492,8 +497,11 @@ def read(losses: Any, reference: Any, plan: Plan) -> Batch:
     Raises:
         MTLWeightError: for losses or a reference of the wrong form.
     """
-    wants_reference = Needs.ALIGNMENT in plan.needs or (plan.use is not None and plan.use.learn > 0)
-    known = Reference(reference, plan) if reference is not None and wants_reference else None
+    compared = Needs.ALIGNMENT in plan.needs
+    # Before the losses, if the weighting has announced that it compares; else if and when it does so all the same.
+    known = functools.cache(lambda: Reference(reference, plan)) if reference is not None else None
+    if known is not None and compared:
+        known()
     if not callable(losses) or isinstance(losses, Tensor):
         if plan.engine == "forward":
             raise MTLWeightError(
@@ -503,9 +511,11 @@ def read(losses: Any, reference: Any, plan: Plan) -> Batch:
         return Batch(_losses.named(losses, plan.tasks), plan, known)
     if plan.capture is not None:
         plan.capture.clear()
-    if known is None or Needs.ALIGNMENT not in plan.needs or plan.alignment_engine not in ("auto", "forward"):
+    if known is None or not compared or plan.alignment_engine not in ("auto", "forward"):
         return Batch(_losses.named(losses(), plan.tasks), plan, known)
-    if not forward.owns(plan.modules, known.parameters):
+    parameters, tangents = known().parameters, known().tangents
+    names = forward.names(plan.modules)
+    if any(id(p) not in names for p in parameters):
         if plan.engine == "forward":
             raise MTLWeightError(
                 "engine='forward' swaps the parameters of modules: expected model=... (or shared=... as modules) to "
@@ -516,17 +526,15 @@ def read(losses: Any, reference: Any, plan: Plan) -> Batch:
         plan.warn("forward", plan.broken["forward"])
         return Batch(_losses.named(losses(), plan.tasks), plan, known)
     try:
-        present, aligned = forward.losses_and_tangents(
-            losses, plan.tasks, plan.modules, known.parameters, known.tangents
-        )
+        present, aligned = forward.losses_and_tangents(losses, plan.tasks, plan.modules, names, parameters, tangents)
     except RuntimeError as error:
         # An error of the user's own is raised here again, as it is.
         batch = Batch(_losses.named(losses(), plan.tasks), plan, known)
         plan.warn("forward", forward.cause(error))
         return batch
     if plan.use is not None and plan.use.scope == "main":
-        kept, _ = _main_scope(plan, present, known.parameters, known.tangents)
-        outside = {id(p) for p in known.parameters} - {id(p) for p in kept}
+        kept, _ = _main_scope(plan, present, parameters, tangents)
+        outside = {id(p) for p in parameters} - {id(p) for p in kept}
         if any(id(p) in outside for p in leaves(present.values())):
             plan.warn("forward", "the reference reaches heads of other tasks, which scope='main' leaves out")
             return Batch(present, plan, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,26 +29,50 @@ class _Closure(nn.Module):
         return self.closure()
 
 
-class _NoGradHolds(TorchFunctionMode):
-    """Makes ``torch.no_grad`` stop forward derivatives too: torch itself lets them through."""
+class _Corrections(TorchFunctionMode):
+    """Two things that torch's forward mode does otherwise than is right, or cheap."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CONVOLUTIONS and not kwargs:
+            return _convolution(func, *args)
         result = func(*args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:
+            # `no_grad` is to stop forward derivatives too: torch itself lets them through.
             torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())
         return result
 
 
-def owns(modules: Sequence[nn.Module], parameters: Sequence[Tensor]) -> bool:
-    """Whether the modules hold all parameters, so that a closure over the modules can be given dual ones."""
-    held = {id(p) for module in modules for p in module.parameters()}
-    return all(id(p) in held for p in parameters)
+_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+
+
+def _convolution(
+    func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any
+) -> Tensor:
+    """A convolution of data, without the one of its zero tangent that torch's rule adds: a third of a first layer."""
+    w, dw = forward_ad.unpack_dual(weight)
+    if dw is None or forward_ad.unpack_dual(x).tangent is not None:
+        return func(x, weight, bias, *options)
+    b, db = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    with torch.no_grad():
+        tangent = func(x, dw, db, *options)
+    dual: Tensor = forward_ad.make_dual(func(x, w, b, *options), tangent)
+    return dual
+
+
+def names(modules: Sequence[nn.Module]) -> dict[int, list[str]]:
+    """Under which names :func:`losses_and_tangents` swaps each parameter, by its ``id``; tied ones have several."""
+    found: dict[int, list[str]] = {}
+    for i, module in enumerate(modules):
+        for name, parameter in module.named_parameters(prefix=f"owned.{i}", remove_duplicate=False):
+            found.setdefault(id(parameter), []).append(name)
+    return found
 
 
 def losses_and_tangents(
     closure: Callable[[], Any],
     tasks: Sequence[str],
     modules: Sequence[nn.Module],
+    names: Mapping[int, Sequence[str]],
     parameters: Sequence[Tensor],
     tangents: Sequence[Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -61,6 +85,7 @@ def losses_and_tangents(
         closure: returns the losses; may use ``modules`` in any way.
         tasks: the tasks that the committed state knows.
         modules: own all ``parameters``.
+        names: what :func:`names` says of the modules.
         parameters: the point.
         tangents: ``g``, one tensor a parameter.
 
@@ -72,21 +97,21 @@ def losses_and_tangents(
             parameter without asking its module. Buffers and random state are as before the call.
     """
     module = _Closure(modules, closure)
-    names = {id(p): name for name, p in module.named_parameters()}
-    restore = snapshot([module])
+    restore = snapshot(modules)
     try:
         with (
             forward_ad.dual_level(),
             forward_ad._set_fwd_grad_enabled(True),
-            _NoGradHolds(),
+            _Corrections(),
             sdpa_kernel(SDPBackend.MATH),
         ):
             duals = {
                 p: forward_ad.make_dual(p, g.to(p.dtype).reshape(p.shape))
                 for p, g in zip(parameters, tangents, strict=True)
             }
-            swapped = {names[id(p)]: dual for p, dual in duals.items()}
-            losses = _losses.named(torch.func.functional_call(module, swapped, ()), tasks)
+            swapped = {name: dual for p, dual in duals.items() for name in names[id(p)]}
+            returned = torch.func.functional_call(module, swapped, (), tie_weights=False)
+            losses = _losses.named(returned, tasks)
             for p in bypassed(losses.values(), duals):  # its derivative would be missing
                 raise RuntimeError(f"a parameter of shape {list(p.shape)} is used outside model= and shared=")
             parts = {task: _split(loss) for task, loss in losses.items()}

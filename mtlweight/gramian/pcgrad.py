@@ -19,8 +19,8 @@ class PCGrad(Weighting):
     ``g ← g - (<g, g_j> / |g_j|²) g_j``. The step is the sum of all ``g``. Every ``g`` is a combination of the rows of
     ``J``, so that its coefficients, and the weights, need ``G = J Jᵀ`` alone.
 
-    *Reads* the Gramian and ``view.generator``. *Writes* ``[m]``. *State* none. *Cost* the gradients of all tasks, and
-    ``m`` vectorised operations.
+    *Reads* the Gramian and ``view.generator``. *Writes* ``[m]``, at least 1 each. *State* none. *Cost* the gradients of
+    all tasks, and ``m`` vectorised operations.
 
     >>> PCGrad()(gramian=torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
     tensor([1.5000, 1.5000])
@@ -35,7 +35,7 @@ class PCGrad(Weighting):
     """
 
     needs = Needs.GRAMIAN
-    traits = Traits(scale_degree=0, random=True)
+    traits = Traits(nonnegative=True, scale_degree=0, random=True)
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """Coefficients of all projected gradients, summed."""

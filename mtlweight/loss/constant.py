@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -43,7 +44,9 @@ class Constant(Weighting):
     def traits(self) -> Traits:
         """Depends on the weights."""
         values = self.weights
-        total = "m" if values == 1.0 else float(sum(values)) if isinstance(values, tuple) else None
+        total: float | Literal["m"] | None = (
+            "m" if values == 1.0 else float(sum(values)) if isinstance(values, tuple) else None
+        )
         return Traits(nonnegative=min(numbers(values), default=0.0) >= 0, total=total, scale_degree=0)
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:

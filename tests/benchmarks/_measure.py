@@ -86,7 +86,9 @@ def measure(row: Row, settings: Settings) -> dict[str, Any]:
             seconds[name].append(_time(row.contestants[name], repeats[name], settings.device))
     ratios = {}
     for ratio in row.ratios:
-        over, under = (min(names, key=lambda name: statistics.median(seconds[name])) for names in (ratio.over, ratio.under))
+        over, under = (
+            min(names, key=lambda name: statistics.median(seconds[name])) for names in (ratio.over, ratio.under)
+        )
         summary = summarise(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
         met = (ratio.at_most is None or summary["median"] <= ratio.at_most) and (
             ratio.at_least is None or summary["median"] >= ratio.at_least
@@ -127,7 +129,9 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
     held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: (e["ts"], e["args"]["Ev Idx"])):
+    for event in sorted(
+        (e for e in events if e.get("name") == "[memory]"), key=lambda e: (e["ts"], e["args"]["Ev Idx"])
+    ):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak / MIB
@@ -137,6 +141,7 @@ def environment(settings: Settings) -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     cuda = settings.device.type == "cuda"
     return {
+        "kind": settings.device.type,
         "device": torch.cuda.get_device_name(settings.device) if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

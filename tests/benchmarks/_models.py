@@ -20,7 +20,10 @@ class MultiTask(nn.Module):
         self.heads = nn.ModuleList(heads)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        features = self.encoder(x)
+        return self.on(self.encoder(x))
+
+    def on(self, features: Tensor) -> list[Tensor]:
+        """Each task's logits from the shared features."""
         return [head(features) for head in self.heads]
 
 
@@ -87,14 +90,17 @@ class Problem:
     def shared(self) -> list[Tensor]:
         return list(self.model.encoder.parameters())
 
-    def sample_losses(self) -> dict[str, Tensor]:
+    def sample_losses(self, logits: list[Tensor] | None = None) -> dict[str, Tensor]:
         """One ``[b]`` loss a task."""
-        logits = self.model(self.x)
-        return {str(t): cross_entropy(z, y, reduction="none") for t, (z, y) in enumerate(zip(logits, self.y))}
+        return self._losses(logits, "none")
 
-    def losses(self) -> dict[str, Tensor]:
+    def losses(self, logits: list[Tensor] | None = None) -> dict[str, Tensor]:
         """One scalar a task."""
-        return {str(t): cross_entropy(z, y) for t, (z, y) in enumerate(zip(self.model(self.x), self.y))}
+        return self._losses(logits, "mean")
+
+    def _losses(self, logits: list[Tensor] | None, reduction: str) -> dict[str, Tensor]:
+        pairs = zip(self.model(self.x) if logits is None else logits, self.y, strict=True)
+        return {str(t): cross_entropy(z, y, reduction=reduction) for t, (z, y) in enumerate(pairs)}
 
     def reference(self) -> Tensor:
         """The main task's loss on the held-out batch."""

@@ -153,7 +153,7 @@ def test_features_bounds_the_gramian_of_the_parameters_by_the_norm_of_the_encode
 
 def test_features_has_no_jacobian_over_the_parameters():
     p = problem(NETWORKS["linear"])
-    with pytest.raises(mtlweight.MTLWeightError, match=r"the features engine, which measures Gramians .* Use engine='rows'"):
+    with pytest.raises(mtlweight.MTLWeightError, match=r"found the features engine.* Use engine='rows'"):
         Reader().read(p, p.task_losses, engine="features")
 
 

@@ -16,7 +16,7 @@ def weights(steps, generators, step_size=0.02, initial=0.0):
         losses = (losses.mean(dim=1) if losses.ndim == 2 else losses).tolist()
         if s is None:
             s = [initial for _ in losses]
-        history.append(torch.tensor([math.exp(-s[t]) for t in range(len(s))], dtype=torch.float64))  # 1 / σ²
+        history.append(torch.tensor([exp(-s[t]) for t in range(len(s))], dtype=torch.float64))  # 1 / σ²
         s = [implicit_step(s[t], losses[t], step_size) for t in range(len(s))]
     return history
 
@@ -28,8 +28,12 @@ def implicit_step(s, loss, step_size):
     low, high = min(s, math.log(loss)), max(s, math.log(loss))
     for _ in range(200):
         middle = (low + high) / 2
-        if middle - s + step_size * (1 - math.exp(math.log(loss) - middle)) > 0:
+        if middle - s + step_size * (1 - exp(math.log(loss) - middle)) > 0:
             high = middle
         else:
             low = middle
     return (low + high) / 2
+
+
+def exp(x):
+    return math.exp(x) if x < 700 else math.inf

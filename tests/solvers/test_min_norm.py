@@ -6,59 +6,13 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mtlweight._errors import MTLWeightError
 from mtlweight.solvers import SolverError, min_norm
-
-SHAPES = {
-    "generic": lambda J, _: J,
-    "conflicting": lambda J, _: J - 0.9 * J.mean(0),
-    "opposed": lambda J, _: _pairs(J, -3.0),
-    "duplicates": lambda J, _: _pairs(J, 1.0),
-    "nearly opposed": lambda J, rng: _pairs(J, -1.0) + 1e-6 * rng.standard_normal(J.shape),
-    "rank one": lambda J, rng: np.outer(J[:, 0], rng.standard_normal(J.shape[1])),
-    "one dominated ray": lambda J, rng: np.outer(0.1 + abs(J[:, 0]), rng.standard_normal(J.shape[1])),
-    "stationary in the interior": lambda J, rng: _stationary(J, rng, len(J)),
-    "stationary on a face": lambda J, rng: _stationary(J, rng, min(3, len(J))),
-    "strongly stationary": lambda J, _: J - J.mean(0),
-    "acute": lambda J, _: abs(J),
-    "a zero row": lambda J, _: np.where(np.arange(len(J))[:, None] == len(J) // 2, 0.0, J),
-}
-
-
-def _pairs(J, factor):
-    half = len(J) // 2
-    return np.concatenate([J[:half], factor * J[:half], J[2 * half :]])
-
-
-def _stationary(J, rng, size):
-    shares = rng.dirichlet(np.ones(size))
-    J = J.copy()
-    J[0] = -shares[1:] @ J[1:size] / shares[0]
-    return J
-
-
-@st.composite
-def small_jacobians(draw, max_rows=5):
-    """Small integers, so that ties, zero rows and stationarity are common; rows and whole scaled by powers of ten."""
-    m = draw(st.integers(1, max_rows))
-    n = draw(st.integers(1, 5))
-    J = draw(arrays(np.float64, (m, n), elements=st.integers(-3, 3)))
-    rows = draw(st.sampled_from([0, 1, 6])) * draw(arrays(np.float64, m, elements=st.integers(-1, 1)))
-    return J * 10.0 ** rows[:, None] * 10.0 ** draw(st.integers(-10, 15))
-
-
-@st.composite
-def large_jacobians(draw):
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    m = draw(st.sampled_from([1, 2, 3, 8, 33, 64, 128]))
-    n = draw(st.sampled_from([1, 2, 7, 40, 200]))
-    J = SHAPES[draw(st.sampled_from(sorted(SHAPES)))](rng.standard_normal((m, n)), rng)
-    spread = draw(st.sampled_from([0, 3, 6, 15]))
-    return J * 10.0 ** rng.uniform(-spread, spread, (m, 1)) * 10.0 ** draw(st.integers(-10, 15))
+from tests.solvers.jacobians import large_jacobians, shares, small_jacobians, solve
 
 
 def residual(J, weights, number):
@@ -82,31 +36,10 @@ def shortest(J):
         for support in map(list, combinations(range(len(J)), size)):
             border = np.full((size, 1), Fraction(1))
             system = np.block([[J[support] @ J[support].T, border], [border.T, np.zeros((1, 1), int)]])
-            solution = _solve(system, np.array([0] * size + [1], dtype=object))
+            solution = solve(system, np.array([0] * size + [1], dtype=object))
             if solution is not None and min(solution[:size]) >= 0:
                 points.append(solution[:size] @ J[support])
     return min(points, key=lambda x: x @ x).astype(np.float64)
-
-
-def _solve(A, b):
-    """Gauss and Jordan on fractions; None for a singular matrix: then a smaller support has the same point."""
-    A = np.column_stack([A, b])
-    for i in range(len(A)):
-        pivot = next((k for k in range(i, len(A)) if A[k, i]), None)
-        if pivot is None:
-            return None
-        A[[i, pivot]] = A[[pivot, i]]
-        A[i] = A[i] / Fraction(A[i, i])
-        for k in range(len(A)):
-            if k != i:
-                A[k] = A[k] - A[k, i] * A[i]
-    return A[:, -1]
-
-
-def shares(J, weights):
-    """How much of the combined length is each row's: the weights in units that a row's scale does not change."""
-    lengths = weights * np.sqrt(np.square(J).sum(1))
-    return lengths / lengths.sum() if lengths.any() else weights
 
 
 @given(small_jacobians())
@@ -135,6 +68,8 @@ def test_the_reported_residual_is_the_documented_one(J):
 
 
 @given(small_jacobians())
+@example(np.array([[-1e6, 0.0], [1e6, 0.0], [1e-6, 1e-6]]))  # the large rows cancel, the small one is no part of that
+@example(np.array([[-10.0, 0.0], [10.0, 0.0], [0.1, 0.1]]))
 def test_the_point_is_the_shortest_over_all_supports(J):
     weights, _ = min_norm(J @ J.T)
     norms = np.sqrt(np.square(J).sum(1))
@@ -246,7 +181,7 @@ def test_what_is_no_gramian_is_refused(gramian, message):
 
 
 def test_an_answer_above_the_residual_is_withheld(monkeypatch):
-    module = importlib.import_module("mtlweight.solvers.min_norm")
-    monkeypatch.setattr(module, "_proximal", lambda C, _: np.ones(len(C)))
+    module = importlib.import_module("mtlweight.solvers._min_norm")
+    monkeypatch.setattr(module, "proximal", lambda C, _: np.ones(len(C)))
     with pytest.raises(SolverError, match=r"stopped at 0\.\d+ \(m=3\)"):
         min_norm(np.diag([1.0, 4.0, 9.0]))

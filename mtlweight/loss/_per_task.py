@@ -1,0 +1,76 @@
+"""Hyperparameters with one number a task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+from mtlweight._view import View
+
+PerTask: TypeAlias = float | Sequence[float] | Mapping[str, float]
+"""One number for all tasks, one a task in the order of the losses, or a mapping from task name to number."""
+
+
+def numbers(values: PerTask) -> list[float]:
+    """The numbers alone."""
+    if isinstance(values, Mapping):
+        return list(values.values())
+    return list(values) if isinstance(values, Sequence) else [values]
+
+
+def frozen(name: str, what: str, values: PerTask, *, low: float = -math.inf) -> PerTask:
+    """A private copy, so that the value cannot change under the optimizer.
+
+    Args:
+        name: the weighting, for the message.
+        what: the argument, for the message.
+        values: as the user gave them.
+        low: the smallest number allowed.
+
+    Raises:
+        MTLWeightError: if a number is not finite or too small.
+    """
+    fine = not isinstance(values, str) and all(
+        isinstance(x, (int, float)) and math.isfinite(x) and x >= low for x in numbers(values)
+    )
+    if not fine:
+        bound = "" if low == -math.inf else f" >= {low:g}"
+        raise MTLWeightError(
+            f"{name}: expected {what} as a finite number{bound}, a sequence of them or a mapping from task to number, "
+            f"found {values!r}."
+        )
+    if isinstance(values, Mapping):
+        return dict(values)
+    return tuple(values) if isinstance(values, Sequence) else values
+
+
+def row(name: str, what: str, values: PerTask, view: View) -> Tensor:
+    """The present tasks' numbers, ``[m]``.
+
+    Raises:
+        MTLWeightError: if a task has none, or a sequence has another length.
+    """
+    tasks = view.tasks
+    if isinstance(values, Mapping):
+        missing = [task for task in tasks if task not in values]
+        if missing:
+            raise MTLWeightError(
+                f"{name}: expected {what} for each task, found none for {', '.join(missing)}. Add it to the mapping "
+                f"{dict(values)}."
+            )
+        chosen = [values[task] for task in tasks]
+    elif isinstance(values, Sequence):
+        if len(values) != len(tasks):
+            raise MTLWeightError(
+                f"{name}: expected {len(values)} tasks, one for each number in {what}, found {len(tasks)} "
+                f"({', '.join(tasks)}). Where tasks may be absent, give a mapping by name."
+            )
+        chosen = list(values)
+    else:
+        chosen = [values] * len(tasks)
+    return torch.tensor(chosen, dtype=view.dtype, device=view.device)

@@ -1,0 +1,71 @@
+"""Impartial multi-task learning by loss balance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+from mtlweight._view import Needs, State, View
+from mtlweight._weighting import Traits, Weighting
+from mtlweight.loss._domain import alive, nonnegative
+from mtlweight.loss._implicit import implicit_step
+
+
+@dataclass(frozen=True)
+class IMTLL(Weighting):
+    """IMTL-L: each loss gets a learned scale that pulls it towards 1, so that no task counts by its unit.
+
+    ``w_t = exp(s_t)``; the scales ``s_t`` descend on ``exp(s_t) ℓ_t - s_t``, whose minimum is ``exp(s_t) ℓ_t = 1``.
+    Each step is implicit, ``s_t' = s_t - η (exp(s_t') ℓ_t - 1)``: for small ``η`` it equals gradient descent, and it
+    stays stable for losses of any size.
+
+    *Reads* the losses, which must be >= 0. *Writes* ``[m]``, positive. *State* ``s_t`` per task: in the weighting, so
+    that neither weight decay nor momentum touch it. *Cost* none.
+
+    With ``s = -log σ²`` this is :class:`UW` up to a factor of two, as its authors say; here, where both terms of UW are
+    doubled, the weights are the same number for number as long as no loss is zero. Where a loss is exactly zero, its
+    scale rests: the objective has no minimum there.
+
+    Args:
+        step_size: ``η``. Default 0.02, ours, as in :class:`UW`; the paper trains ``s`` by the network's optimizer.
+        initial: ``s_t`` of a new task. Default 0: weight 1, the paper's.
+
+    Raises:
+        MTLWeightError: if ``step_size`` is not positive, or a loss is negative.
+
+    >>> IMTLL()(losses=torch.tensor([3.0, 0.5]))
+    tensor([1., 1.])
+
+    *Differs from the paper* in the implicit step.
+
+    References:
+        Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang, "Towards Impartial Multi-task Learning", ICLR 2021, the objective
+        ``exp(s) L - s`` of its section on loss balance (IMTL-L) and Algorithm 1.
+    """
+
+    step_size: float = 0.02
+    initial: float = 0.0
+
+    needs = Needs.LOSSES
+    traits = Traits(nonnegative=True, losses="nonnegative")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step_size < math.inf:
+            raise MTLWeightError(f"IMTLL: expected a finite step_size > 0, found {self.step_size}.")
+        if not math.isfinite(self.initial):
+            raise MTLWeightError(f"IMTLL: expected a finite initial log-scale, found {self.initial}.")
+
+    def init(self, view: View) -> State:
+        """No task is known."""
+        return {"log_scale": {}}
+
+    def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
+        """The committed scales; the state takes one implicit step."""
+        losses = nonnegative("IMTLL", view)
+        s = view.gather(state["log_scale"], self.initial)
+        stepped = torch.where(alive(losses), -implicit_step(-s, losses, self.step_size), s)
+        return s.exp(), {"log_scale": view.scatter(state["log_scale"], stepped)}

@@ -1,0 +1,103 @@
+"""The affine combination of the rows of J with equal projections on all of them, from the Gramian alone."""
+
+from typing import Literal
+
+import numpy as np
+
+from mtlweight.solvers._rows import NULL, Array, Solution, eigen, promised, rows_of
+
+_DEFINITE = 1e-6  # least squared pivot of cosines that are solved as they are
+_RIDGE = 1e-11
+_ROUNDING = 1e-12  # an inner product with an eigenvector that is nothing but rounding
+_CANCELLED = 1e-8  # a sum this far below its terms counts as zero
+
+
+def equal_projection(gramian: Array, total: Literal["sum", "absolute"] = "sum") -> Solution:
+    r"""Weights of the combination of `m` gradients that has the same projection on each of them.
+
+    .. math::
+        \left\langle \sum_j w_j g_j,\ \frac{g_i}{\|g_i\|} \right\rangle = \kappa \quad \text{for all } i, \qquad
+        \sum_i w_i = 1
+
+    - :math:`g_i`: the gradients, of which only the inner products `G`, `[m, m]`, are read; :math:`\kappa`: the common
+      projection, which follows. Weights can be negative, and so can :math:`\kappa`: then the step is an ascent for
+      all objectives.
+
+    **Residual.** The largest difference, relative to the lengths that are summed, with the cosines `C` and
+    :math:`y_i = w_i \|g_i\|`:
+
+    .. math::
+        \max_i \frac{|(C y)_i - \kappa|}{\sum_j |y_j|}
+
+    **Method.** The linear system :math:`C y = 1`, scaled afterwards; by a proximal point iteration where rows depend
+    on each other, so that what cancels grows beyond the rest, as in the limit below.
+
+    **Degenerate input.** Where gradients depend on each other, the answer is the limit of
+    :math:`(C + \epsilon I) y = 1`, scaled, for :math:`\epsilon \to 0`. If the equations can still be met, it is the
+    solution of least :math:`\sum_i w_i^2 \|g_i\|^2` before scaling: duplicates share. If not, as between opposed
+    gradients or wherever a convex combination vanishes, the only step with equal projections is zero:
+    :math:`\kappa = 0`, and `y` is the projection of the vector of ones on the null space of `C`. A zero row has no
+    direction and gets weight 0; if all rows are zero, the weights are uniform. If the weights cancel, they cannot be
+    scaled to sum to one, and zeros are returned.
+
+    Args:
+        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`. It is not changed.
+        total: What is scaled to one: the sum of the weights, or the sum of their absolute values. The latter always
+            can be, and keeps :math:`\kappa \ge 0`.
+
+    Returns:
+        The weights, `[m]`, and their residual, at most `1e-8`.
+
+    Raises:
+        MTLWeightError: If the Gramian is not square, finite, symmetric and positive semidefinite.
+        SolverError: If the residual stays above `1e-8`.
+
+    Example:
+        >>> import numpy as np
+        >>> from mtlweight.solvers import equal_projection
+        >>> J = np.array([[2.0, 0.0], [0.0, 0.5]])
+        >>> weights, residual = equal_projection(J @ J.T)
+        >>> weights.round(6)
+        array([0.2, 0.8])
+        >>> weights @ J
+        array([0.4, 0.4])
+        >>> residual < 1e-8
+        True
+
+    References:
+        - L. Liu et al., "Towards impartial multi-task learning", ICLR 2021, section 3.1.
+    """
+    rows = rows_of(gramian, "equal_projection")
+    m = len(rows.norms)
+    weights = np.zeros(m)
+    alive = ~rows.zero
+    if not alive.any():
+        return Solution(weights + 1.0 / m, 0.0)
+    norms, C = rows.norms, rows.cosines
+    if not alive.all():
+        norms, C = norms[alive], C[np.ix_(alive, alive)]
+    y, kappa = _solve(C, rows.pivot)
+    residual = float(np.abs(C @ y - kappa).max() / np.abs(y).sum())
+    w = y * (norms.min() / norms)
+    size = np.abs(w).sum()
+    scale = w.sum() if total == "sum" else size
+    if abs(scale) <= _CANCELLED * size:
+        return Solution(weights, 0.0)
+    weights[alive] = w / scale
+    return Solution(weights, promised("equal_projection", residual, m))
+
+
+def _solve(C: Array, pivot: float) -> tuple[Array, float]:
+    ones = np.ones(len(C))
+    if len(C) == 2:
+        return ones, float(1.0 + C[0, 1])
+    if pivot > _DEFINITE:
+        return np.asarray(np.linalg.solve(C, ones), dtype=np.float64), 1.0
+    values, vectors = eigen(C)
+    shares = ones @ vectors
+    shares[np.abs(shares) < _ROUNDING] = 0.0
+    values[values < len(C) * NULL] = 0.0
+    # Three steps of a proximal point iteration, (C + ridge) y' = 1 + ridge y, from zero.
+    ratio = _RIDGE / (values + _RIDGE)
+    y = vectors @ (shares * (1.0 + ratio + ratio**2) / (values + _RIDGE))
+    return y, 1.0

