@@ -3,12 +3,19 @@ import os
 import hypothesis
 import torch
 
-# No timing decides a test: neither a deadline for an example nor the health check on slow generation.
+# No timing decides a test: neither a deadline for an example nor the health check on slow generation. The quick profile
+# draws the same examples in every run, so that a change is judged by what it changed.
 hypothesis.settings.register_profile(
-    "mtlweight", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+    "mtlweight",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
+    derandomize=True,
 )
-# For releases: pytest --hypothesis-profile=thorough
-hypothesis.settings.register_profile("thorough", hypothesis.settings.get_profile("mtlweight"), max_examples=2000)
+# For releases, new examples in every run: pytest --hypothesis-profile=thorough
+hypothesis.settings.register_profile(
+    "thorough", hypothesis.settings.get_profile("mtlweight"), max_examples=2000, derandomize=False
+)
 hypothesis.settings.load_profile("mtlweight")
 
 os.environ["MPLBACKEND"] = "agg"  # also for the scripts that tests start

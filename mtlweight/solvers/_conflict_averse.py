@@ -109,9 +109,12 @@ class _Problem:
             return np.zeros_like(self.x), 0.0
         y, t = self._exchange()
         residual = self._residual(y, t)
-        if residual <= 1e-3 * TOLERANCE and y.sum() <= _BOUND * self.x.sum():
+        bounded = y.sum() <= _BOUND * self.x.sum()
+        if residual <= 1e-3 * TOLERANCE and bounded:
             return y, residual
-        return min((y, residual), self._bracket(), key=lambda found: found[1])
+        other = self._bracket()
+        # Next to rows that nearly cancel, long multipliers hide what is wrong: the exact rows are to be preferred.
+        return (y, residual) if bounded and residual <= min(TOLERANCE, 100 * other[1]) else other
 
     def _residual(self, y: Array, t: float, inside: bool = False) -> float:
         unit = float((self.x + y).sum())

@@ -4,6 +4,7 @@ import numpy as np
 
 from mtlweight.solvers._rows import NULL, Array, Solution, eigen, promised, rows_of
 
+_ROUNDING = 1e-14  # a sum this far below its terms is nothing but rounding
 _DEFINITE = 1e-6  # least squared pivot of cosines that are solved as they are
 
 
@@ -25,8 +26,8 @@ def conflict_free(gramian: Array) -> Solution:
 
     **Degenerate input.** Where gradients depend on each other, the pseudo-inverse gives the cosines that are equal in
     the sense of least squares, and `d` can conflict. Where they are orthogonal to being equal, as between opposed
-    gradients, `d` and all weights are zero. A zero row gets weight 0. Rows count as dependent where a combination of
-    them is shorter than about :math:`3 \cdot 10^{-7} \sqrt m` times its coefficients.
+    gradients, or where the projections cancel, `d` and all weights are zero. A zero row gets weight 0. Rows count as
+    dependent where a combination of them is shorter than about :math:`3 \cdot 10^{-7} \sqrt m` times its coefficients.
 
     Args:
         gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`. It is not changed.
@@ -75,6 +76,9 @@ def conflict_free(gramian: Array) -> Solution:
     projections = C @ y
     size = np.abs(C)
     residual = float((np.abs(C @ (ones - projections)) / (size @ (ones + size @ np.abs(y)))).max())
-    length = (norms / norms.max()) @ projections / (y @ projections)
-    weights[alive] = length * y / (norms / norms.max())
+    scaled = norms / norms.max()
+    length = scaled @ projections
+    if abs(length) <= _ROUNDING * (scaled @ np.abs(projections)):
+        return Solution(weights, residual)
+    weights[alive] = length / (y @ projections) * y / scaled
     return Solution(weights, promised("conflict_free", residual, len(weights)))

@@ -45,12 +45,12 @@ def small_jacobians(draw, max_rows=5):
 
 
 @st.composite
-def large_jacobians(draw):
+def large_jacobians(draw, spreads=(0, 3, 6, 15)):
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     m = draw(st.sampled_from([1, 2, 3, 8, 33, 64, 128]))
     n = draw(st.sampled_from([1, 2, 7, 40, 200]))
     J = SHAPES[draw(st.sampled_from(sorted(SHAPES)))](rng.standard_normal((m, n)), rng)
-    spread = draw(st.sampled_from([0, 3, 6, 15]))
+    spread = draw(st.sampled_from(spreads))
     return J * 10.0 ** rng.uniform(-spread, spread, (m, 1)) * 10.0 ** draw(st.integers(-10, 15))
 
 
