@@ -308,7 +308,7 @@ class MultiTaskOptimizer(Optimizer):
         r = self._record
         trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         return Plan(
-            name=repr(r.weighting).split("(")[0] if not hasattr(r.weighting, "parts") else repr(r.weighting),
+            weighting=r.weighting,
             needs=r.weighting.needs_at(r.step),
             writes=r.weighting.writes,
             use=r.weighting.reference,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._statistics import all_finite, gramian_of, row_sizes, statistics_dtype
 from mtlweight._view import Needs
-from mtlweight._weighting import Level, ReferenceUse
+from mtlweight._weighting import Level, ReferenceUse, Weighting
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
 from mtlweight.engines._graph import leaves
 
@@ -29,7 +29,7 @@ class Plan:
     """What an engine has to know before a batch.
 
     Args:
-        name: the weighting, for messages.
+        weighting: the weighting, for messages.
         needs: what will be read at this step.
         writes: the level of the weights.
         use: how the reference is used.
@@ -44,7 +44,7 @@ class Plan:
         warn: called with an engine's name and the cause at each fallback.
     """
 
-    name: str
+    weighting: Weighting
     needs: Needs
     writes: Level
     use: ReferenceUse | None
@@ -58,6 +58,12 @@ class Plan:
     broken: Mapping[str, str]
     warn: Callable[[str, str], None]
     used: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What messages call the weighting."""
+        text = repr(self.weighting)
+        return text if hasattr(self.weighting, "parts") else text.split("(")[0]
 
     @property
     def gradient_engine(self) -> str:

@@ -9,7 +9,7 @@ from mtlweight.solvers._cancelling import cancelling, outside
 from mtlweight.solvers._rows import TOLERANCE, Array, Solution, promised, rows_of
 
 _SUSPECT = 1e-10  # an improvement this small, relative to what it sums, calls for a look at what cancels
-_CHANGE = (-0.95, 10.0)  # of a positive number in one round, relative to it
+_LEAST, _MOST = -0.95, 10.0  # changes of a positive number in one round, relative to it
 _ROUNDS = 500  # five to fifteen are common; rows whose scales differ by 1e12 take a hundred if alpha is 0.1 or 10
 
 
@@ -144,9 +144,9 @@ def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, bo
         summed = size @ y
         gap = u - C @ y
         excess = log_k - np.log(u) - p * np.log(y)
-        if (np.abs(gap) <= 1e-14 * summed).all() and (np.abs(excess) <= 1e-13 * (1.0 + p)).all():
+        if abs(gap / summed).max() <= 1e-14 and abs(excess).max() <= 1e-13 * (1.0 + p):
             break
-        if (u < suspect * summed).any():
+        if (u / summed).min() < suspect:
             return y, True
         H = C.copy()
         H.flat[:: m + 1] += p * u / y
@@ -154,8 +154,11 @@ def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, bo
             dy = np.linalg.solve(H, gap + u * excess) / y
         except np.linalg.LinAlgError:
             break
-        y *= 1.0 + np.clip(dy, *_CHANGE)  # each for itself: this takes far fewer rounds than one common step length
-        u *= 1.0 + np.clip(excess - p * dy, *_CHANGE)
-        if not (np.isfinite(y).all() and np.isfinite(u).all()):
+        du = excess - p * dy
+        # Each changes for itself: this takes far fewer rounds than one common step length.
+        y *= 1.0 + np.minimum(np.maximum(dy, _LEAST), _MOST)
+        u *= 1.0 + np.minimum(np.maximum(du, _LEAST), _MOST)
+        change = max(abs(dy).max(), abs(du).max())
+        if not change > 1e-8:  # or is nan; the next change would be the square of this one
             break
     return y, False

@@ -43,19 +43,14 @@ def outside(C: Array, S: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
     return (P + P.T) / 2, shares
 
 
-def null_space(C: Array) -> Array:
-    """Orthonormal columns that C takes to nothing but rounding."""
-    values, vectors = eigen(C)
-    return vectors[:, values < NULL * len(values)]
-
-
 def _null_part(C: Array, z: Array) -> Array:
     """What of a combination vanishes altogether, if its coefficients are not negative; zeros otherwise.
 
     Where rows cancel, the ridge leaves coefficients of about `1e-10` of the others on rows that take no part.
     """
     support = z > 0.0
-    null = null_space(C[np.ix_(support, support)])
+    values, vectors = eigen(C[np.ix_(support, support)])
+    null = vectors[:, values < NULL * len(values)]
     part = np.zeros_like(z)
     part[support] = null @ (null.T @ z[support])
     part[part < 1e-7 * part.sum()] = 0.0

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mtlweight.solvers._cancelling import cancelling, null_space
+from mtlweight.solvers._cancelling import cancelling
 from mtlweight.solvers._proximal import kkt, proximal
 from mtlweight.solvers._rows import EPS, TOLERANCE, Array, Solution, promised, rows_of
 
@@ -82,15 +82,13 @@ def min_norm(gramian: Array) -> Solution:
 
 def _vanishing(C: Array, d: Array, z: Array) -> Array:
     """A combination that vanishes, if there is one and the ridge has kept `z` from it, as next to much smaller rows."""
-    cancels = cancelling(C)
-    S = cancels > 0.0
+    if z @ C @ z <= 1e-19 * z.sum() ** 2:
+        return z
+    S = cancelling(C) > 0.0
     if not S.any():
         return z
-    null = null_space(C[np.ix_(S, S)])
-    shares = null @ (null.T @ d[S])  # the least of all minimisers, if it is positive
-    better = cancels.copy()
-    if shares.min() > 0.0:
-        better[S] = shares
+    better = np.zeros_like(z)
+    better[S] = proximal(C[np.ix_(S, S)], d[S] / d[S].max())  # without the smaller rows
     shorter = _square(C, d, better) < 1e-4 * _square(C, d, z)
     return better if shorter and kkt(C, d, better) <= TOLERANCE / 100 else z
 

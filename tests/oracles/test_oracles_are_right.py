@@ -254,6 +254,8 @@ def test_mgda_agrees(J):
     norms = J.norm(dim=1)
     unit = expected @ norms
     torch.testing.assert_close(found @ J, expected @ J, rtol=0.0, atol=1e-7 * max(unit.item(), 1e-300))
+    if unit > 0 and (expected @ J).norm() <= 1e-6 * unit:
+        return  # where the gradients cancel, the step alone is unique
     if unit > 0:  # in units that a row's scale does not change
         torch.testing.assert_close(found * norms / unit, expected * norms / unit, rtol=0.0, atol=1e-4)
     else:

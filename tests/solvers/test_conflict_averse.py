@@ -179,6 +179,15 @@ def test_the_bracket_finds_what_the_exchange_finds(m, n, seed, radius):
     np.testing.assert_allclose(slow.weights @ J, fast.weights @ J, atol=1e-6 * unit, rtol=0.0)
 
 
+@pytest.mark.parametrize("m", [2, 3, 8, 64])
+@pytest.mark.parametrize("radius", [0.1, 0.4, 0.9, 2.0])
+def test_independent_rows_need_no_bracket(monkeypatch, m, radius):
+    module = importlib.import_module("mtlweight.solvers._conflict_averse")
+    monkeypatch.setattr(module._Problem, "_bracket", None)
+    J = np.random.default_rng(m).standard_normal((m, 3 * m)) * 10.0 ** np.linspace(-1, 1, m)[:, None]
+    assert conflict_averse(J @ J.T, radius).residual <= 1e-12
+
+
 def test_the_gramian_is_not_changed():
     G = np.array([[1.0, -2.0, 0.0], [-2.0, 5.0, 0.0], [0.0, 0.0, 0.0]])
     before = G.copy()

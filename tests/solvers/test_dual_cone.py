@@ -172,6 +172,15 @@ def test_known_answers(rows, u, expected):
     np.testing.assert_allclose(dual_cone(J @ J.T, np.array(u)).weights, expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_what_little_remains_between_nearly_opposed_rows_is_exact(angle):
+    J = np.array([[1.0, angle, 0.0], [-2.0, 3.0 * angle, angle], [1.0, -2.0 * angle, angle], [0.5, angle, -angle]])
+    u = np.array([1.0, 0.0, 0.5, 0.0])
+    expected = nearest(J, u)
+    found = dual_cone(J @ J.T, u).weights @ J
+    np.testing.assert_allclose(found, expected, atol=1e-14 / angle**2 + 1e-13, rtol=0.0)
+
+
 def test_the_multipliers_of_least_length_are_taken():
     J = np.array([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]])
     v = dual_cone(J @ J.T, np.array([0.0, 0.0, 0.0, 3.0])).weights

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mtlweight.solvers import SolverError, equal_projection
-from tests.solvers.jacobians import large_jacobians, lengths, small_jacobians
+from tests.solvers.jacobians import exact, large_jacobians, lengths, small_jacobians, solve
 
 totals = st.sampled_from(["sum", "absolute"])
 
@@ -92,6 +92,13 @@ def test_dependent_rows_have_the_limit_of_independent_ones(shift):
         K = np.hstack([J, shift * lengths(J)[:, None] * np.eye(len(J))])
         near, limit = equal_projection(K @ K.T).weights, equal_projection(J @ J.T).weights
         np.testing.assert_allclose(near, limit, atol=20 * shift**2 + 1e-8)
+
+
+@pytest.mark.parametrize("gap", [1e-4, 1e-6, 1e-7])
+def test_nearly_dependent_rows_are_solved_to_the_last_digits_that_they_have(gap):
+    cosines = np.array([[1.0, 1.0 - gap, 0.3], [1.0 - gap, 1.0, 0.3 + 0.4 * gap], [0.3, 0.3 + 0.4 * gap, 1.0]])
+    v = solve(exact(cosines), exact(np.ones(3))).astype(np.float64)
+    np.testing.assert_allclose(equal_projection(cosines).weights, v / v.sum(), rtol=1e-7)
 
 
 @pytest.mark.parametrize(
