@@ -256,7 +256,7 @@ class MultiTaskOptimizer(Optimizer):
             return self._skip(dropped)
         writes = r.weighting.writes
         scalar = batch.combined(weights, writes, penalty)
-        report = Report(step=r.step + 1, weights=weights, writes=writes, notes={**view.notes}, **batch.measured())
+        report = Report(step=r.step + 1, weights=weights, writes=writes, notes=view.notes, **batch.measured())
         r.pending = _Pending(state, report, tasks, plan.memory, dropped)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
@@ -373,7 +373,7 @@ class MultiTaskOptimizer(Optimizer):
             needs=r.weighting.needs_at(r.step),
             engine=r.engine,
             heads=r.heads,
-            shared=None if r.shared is None else parameters(r.shared, without=parameters(r.outer)),
+            list_shared=lambda: None if r.shared is None else parameters(r.shared, without=parameters(r.outer)),
             outer=parameters(r.outer),
             keep_graph=r.penalty is not None,
             optimizer=r.optimizer,

@@ -34,7 +34,8 @@ class Plan:
         needs: what will be read at this step.
         engine: one of :data:`ENGINES`.
         heads: ``"weighted"`` or ``"unweighted"``.
-        shared: shared parameters that require grad; ``None`` if none were named.
+        list_shared: lists the shared parameters that require grad; ``None`` if none were named. Called once at
+            most: only where something reads gradients.
         outer: parameters that learn from the reference instead of the losses.
         keep_graph: whether the losses' graph is needed after the measurements.
         optimizer: the wrapped optimizer, which may be asked for a step ahead.
@@ -53,7 +54,7 @@ class Plan:
     needs: Needs
     engine: str
     heads: str
-    shared: list[Tensor] | None
+    list_shared: Callable[[], list[Tensor] | None]
     outer: list[Tensor]
     keep_graph: bool
     optimizer: Optimizer
@@ -92,6 +93,11 @@ class Plan:
     def named(self, losses: Any, *, graph: bool = True) -> dict[str, Tensor]:
         """The present tasks' losses by name, 0 where there is no label."""
         return _losses.named(losses, self.tasks if graph else (), graph=graph, masks=self.masks)
+
+    @functools.cached_property
+    def shared(self) -> list[Tensor] | None:
+        """The shared parameters that require grad; ``None`` if none were named."""
+        return self.list_shared()
 
     @functools.cached_property
     def trainable(self) -> list[Tensor]:
@@ -255,10 +261,16 @@ class Batch:
             batch._aligned = {t: values for t, values in self._aligned.items() if t not in tasks}
         return batch
 
+    @functools.cached_property
+    def _stacked(self) -> Tensor:
+        """The losses with their graph, ``[m]`` or ``[m, b]``."""
+        with torch.enable_grad():  # weigh, which may be the first to ask, runs without gradients
+            return _losses.stack(self._losses)
+
     def losses(self) -> Tensor:
         """``[m]`` or ``[m, b]``, detached."""
         if self._values is None:
-            values = _losses.stack(self._losses).detach().to(statistics_dtype(self.device))
+            values = self._stacked.detach().to(statistics_dtype(self.device))
             self._check("loss", values)
             self._values = values
         return self._values
@@ -337,7 +349,7 @@ class Batch:
         """What the report keeps."""
         return {
             "tasks": self.tasks,
-            "losses": _losses.stack(self._losses).detach(),
+            "losses": self._stacked.detach(),
             "shares": None if self.losses().ndim == 1 else self.shares(),
             "gramian": self._gramian,
             "alignment": None if self._aligned is None else _losses.stack(self._aligned).detach(),
@@ -352,7 +364,7 @@ class Batch:
             writes: their level.
             penalty: a scalar whose gradient joins the step.
         """
-        stacked = _losses.stack(self._losses)
+        stacked = self._stacked
         plain = stacked if stacked.ndim == 1 else (self.shares().to(stacked.dtype) * stacked).sum(dim=1)
         value = plain.detach().sum()
         rows = self._rows

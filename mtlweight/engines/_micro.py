@@ -84,6 +84,7 @@ class MicroBatches(Batch):
     def without(self, tasks: Sequence[str]) -> Batch:
         """The batch as if these tasks were absent."""
         batch = copy.copy(self)
+        batch.__dict__.pop("_stacked", None)
         batch._losses = {t: loss for t, loss in self._losses.items() if t not in tasks}
         if self._aligned is not None:
             batch._aligned = {t: values for t, values in self._aligned.items() if t not in tasks}

@@ -128,7 +128,7 @@ class _Problem:
     def _piece(self, free: npt.NDArray[np.bool_]) -> tuple[Array, float]:
         """The solution if these rows, and no others, have multipliers: y is linear in t, and the sphere gives t."""
         delta, b, block = self.delta[free], self.b[free], self.C[free][:, free]
-        sides = np.stack((delta, b), axis=1)
+        sides = np.array((delta, b)).T
         if self.pivot > _DEFINITE:
             slope, offset = np.linalg.solve(block, sides).T
         else:

@@ -71,9 +71,10 @@ def min_norm(gramian: Array) -> Solution:
         - C. Lawson and R. Hanson, "Solving Least Squares Problems", 1974, chapter 23: the active set.
     """
     norms, C, _ = rows = rows_of(gramian, "min_norm")
-    if rows.zero.any():
+    least = norms.min()
+    if least == 0.0:
         return Solution(rows.zero / rows.zero.sum(), 0.0)
-    d = norms.min() / norms
+    d = least / norms
     z = _pair(C, d) if len(d) == 2 else proximal(C, d)
     if len(d) > 2 and rows.pivot < _DEPENDENT:
         z = _vanishing(C, d, z)

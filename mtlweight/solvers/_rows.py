@@ -72,16 +72,17 @@ def rows_of(gramian: Array, solver: str) -> Rows:
             "or nan. Skip the step, or look for the loss that overflowed."
         )
     squares = G.diagonal()
-    zero = squares < _TINY
-    if zero.any():
+    if squares.min() < _TINY:
+        zero = squares < _TINY
         norms = np.sqrt(np.where(zero, 0.0, squares))
         unit = np.where(zero, 1.0, norms)
         C = np.where(zero | zero[:, None], np.diag(zero.astype(np.float64)), G / unit / unit[:, None])
     else:
         norms = np.sqrt(squares)
-        C = G / norms / norms[:, None]
-    asymmetry = np.abs(C - C.T).max()
-    C = (C + C.T) / 2
+        C = G / (norms * norms[:, None])
+    asymmetry = (C - C.T).max()
+    if asymmetry > 0.0:
+        C = (C + C.T) / 2
     lowest = 0.0
     try:
         pivot = float(np.linalg.cholesky(ridged(C)).diagonal().min()) ** 2
