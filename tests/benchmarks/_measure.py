@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -53,6 +53,7 @@ class Ratio:
         under: names in the denominator, likewise.
         at_most: limit from above.
         at_least: limit from below.
+        of: ``"ms"``, the times, or ``"mib"``, the peak memory, which is taken once.
     """
 
     label: str
@@ -60,6 +61,7 @@ class Ratio:
     under: tuple[str, ...]
     at_most: float | None = None
     at_least: float | None = None
+    of: Literal["ms", "mib"] = "ms"
 
 
 @dataclass
@@ -100,20 +102,21 @@ def measure(row: Row, settings: Settings) -> dict[str, Any]:
         shuffle(order)
         for name in order:
             seconds[name].append(_time(row.contestants[name], repeats[name], settings.device))
+    small = {} if row.residuals else row.contestants
+    memory = {name: peak_memory(run, settings.device) for name, run in small.items()}
     ratios = {}
     for ratio in row.ratios:
+        values = seconds if ratio.of == "ms" else {name: [mib] for name, mib in memory.items()}
         over, under = (
-            min(names, key=lambda name: statistics.median(seconds[name])) for names in (ratio.over, ratio.under)
+            min(names, key=lambda name: statistics.median(values[name])) for names in (ratio.over, ratio.under)
         )
-        summary = summarise(a / b for a, b in zip(seconds[over], seconds[under], strict=True))
+        summary = summarise(a / b for a, b in zip(values[over], values[under], strict=True))
         met = (ratio.at_most is None or summary["median"] <= ratio.at_most) and (
             ratio.at_least is None or summary["median"] >= ratio.at_least
         )
         limits = {"at_most": ratio.at_most, "at_least": ratio.at_least}
         ratios[ratio.label] = {**summary, **limits, "met": met, "over": over, "under": under}
     times = {name: summarise(1e3 * s for s in values) for name, values in seconds.items()}
-    small = {} if row.residuals else row.contestants
-    memory = {name: peak_memory(run, settings.device) for name, run in small.items()}
     residuals = {name: residual() for name, residual in row.residuals.items()}
     found = {"ms": times, "mib": memory, "residuals": residuals, "ratios": ratios}
     return {"table": row.table, "label": row.label, "rounds": rounds, **found}

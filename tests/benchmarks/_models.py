@@ -65,10 +65,42 @@ def conv_batchnorm(tasks: int) -> MultiTask:
     return MultiTask(encoder, [nn.Linear(128, CLASSES) for _ in range(tasks)])
 
 
+class Residual(nn.Module):
+    """Two convolutions and the way around them."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, 1, bias=False),
+            nn.GroupNorm(32, out),
+            nn.ReLU(),
+            nn.Conv2d(out, out, 3, 1, 1, bias=False),
+            nn.GroupNorm(32, out),
+        )
+        same = stride == 1 and channels == out
+        self.around = nn.Identity() if same else nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.around(x))
+
+
+def resnet18(tasks: int) -> MultiTask:
+    """As for images of 32 x 32; with GroupNorm, so that samples have gradients of their own."""
+    blocks = [
+        Residual(channels if first else out, out, out // channels if first else 1)
+        for channels, out in ((64, 64), (64, 128), (128, 256), (256, 512))
+        for first in (True, False)
+    ]
+    stem = (nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.GroupNorm(32, 64), nn.ReLU())
+    encoder = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return MultiTask(encoder, [nn.Linear(512, CLASSES) for _ in range(tasks)])
+
+
 MODELS: dict[str, tuple[Callable[[int], MultiTask], tuple[int, ...]]] = {
     "LeNet": (lenet, (1, 36, 36)),
     "MLP 3x512": (mlp, (784,)),
     "conv + BatchNorm": (conv_batchnorm, (3, 32, 32)),
+    "ResNet-18": (resnet18, (3, 32, 32)),
 }
 
 

@@ -74,7 +74,8 @@ def _ratio(ratio: Mapping[str, Any] | None) -> str:
         return ""
     limited = ratio["at_most"] is not None or ratio["at_least"] is not None
     verdict = "" if not limited else " met" if ratio["met"] else " **missed**"
-    return f"{_short(ratio['median'])} [{_short(ratio['low'])}, {_short(ratio['high'])}]{verdict}"
+    spread = "" if ratio["low"] == ratio["high"] else f" [{_short(ratio['low'])}, {_short(ratio['high'])}]"
+    return f"{_short(ratio['median'])}{spread}{verdict}"
 
 
 def _limit(ratio: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 The held-out gradient is given, since all need it alike: as vectors, or to ``combine`` as a linear objective.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -22,24 +23,35 @@ CHUNK = 32
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    for model in ("LeNet", "MLP 3x512"):
-        for samples in (4,) if settings.quick else (64, 256):
+    shapes = {"LeNet": (64, 256), "MLP 3x512": (64, 256)}
+    if settings.device.type == "cuda":
+        shapes["ResNet-18"] = (64, 256, 1024, 4096)
+    for model, sizes in shapes.items():
+        for samples in (4,) if settings.quick else sizes:
             yield row(problem(model, tasks=2, samples=samples, device=settings.device, seed=settings.seed), model)
 
 
 def row(p: Problem, model: str) -> Row:
     given = torch.autograd.grad(p.reference(), p.shared)
-    engines = ENGINES if len(p.x) <= 64 else ENGINES[:2]  # with more samples, the oracle takes most of an hour
+    few = len(p.x) <= 64
+    engines = ENGINES if few else ENGINES[:2]  # with more samples, the oracle takes most of an hour
     contestants = {engine: _ours(p.fresh(), engine, given) for engine in engines}
-    contestants["loop"] = partial(loop, p.fresh(), given)
-    contestants["loop, own graphs"] = partial(loop_own_graphs, p.fresh(), given)
-    for chunk in (None, CHUNK):
+    if len(p.x) <= 256:  # with more, a row of these takes most of an hour too
+        contestants["loop"] = partial(loop, p.fresh(), given)
+        contestants["loop, own graphs"] = partial(loop_own_graphs, p.fresh(), given)
+    if importlib.util.find_spec("torchjd"):
+        contestants["TorchJD autogram"] = torchjd_autogram(p.fresh())
+    chunks = (None, CHUNK) if len(p.x) <= 1024 else (CHUNK,)  # all gradients of 4096 samples fit no memory
+    for chunk in chunks:
         suffix = "" if chunk is None else f", chunks of {chunk}"
         contestants[f"vmap(grad){suffix}"] = partial(vmap_grad, p.fresh(), given, chunk)
         contestants[f"vmap(jacrev){suffix}"] = partial(vmap_jacrev, p.fresh(), given, chunk)
     ratios = [
-        Ratio("loop / forward", ("loop",), ("forward",), at_least=50),
-        Ratio("loop, own graphs / forward", ("loop, own graphs",), ("forward",)),
+        *(
+            Ratio(f"{name} / forward", (name,), ("forward",), at_least=limit)
+            for name, limit in (("loop", 50), ("loop, own graphs", None), ("TorchJD autogram", None))
+            if name in contestants
+        ),
         *(
             Ratio(
                 f"best {name} / forward",
@@ -94,6 +106,25 @@ def loop_own_graphs(p: Problem, given: Gradient) -> Tensor:
         rows = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in losses]
         products.append(torch.stack([_flat(row) @ g for row in rows]))
     return _weights(torch.stack(products, dim=1))
+
+
+def torchjd_autogram(p: Problem) -> Callable[[], Tensor]:
+    """The nearest in TorchJD: the inner products of all samples' gradients, those of the held-out batch among them.
+
+    It makes the held-out gradient on its way, which all others are given.
+    """
+    from torchjd.autogram import Engine
+
+    engine, x, b = Engine(p.model.encoder, batch_dim=0), torch.cat([p.x, p.held_x]), len(p.x)
+    y = torch.cat([p.y, p.held_y.expand_as(p.y)], dim=1)
+
+    def run() -> Tensor:
+        pairs = zip(p.model(x), y, strict=True)
+        losses = torch.stack([cross_entropy(z, labels, reduction="none") for z, labels in pairs], dim=1)
+        gramian = engine.compute_gramian(losses).view(*losses.shape, *losses.shape)
+        return _weights(gramian[:b, :, b:, 0].mean(dim=-1).T)
+
+    return run
 
 
 def vmap_grad(p: Problem, given: Gradient, chunk: int | None) -> Tensor:
