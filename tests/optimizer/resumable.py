@@ -1,15 +1,24 @@
 """Trainings that can be cut in two: one for every weighting that ships, for combinators in each other, for the graph.
 
-``python -m tests.optimizer.resumable FOLDER`` is the second half: it loads each checkpoint that it finds in the folder,
-trains to the end, and leaves what it arrived at beside it.
+``python -m tests.optimizer.resumable FOLDER`` is the second half: it loads the checkpoints in the folder, trains to the
+end, and leaves what it arrived at there.
 """
 
+import io
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from mtlweight import (
     DWA,
@@ -34,19 +43,19 @@ from tests.causal.problems import Problem as CausalProblem
 from tests.optimizer.problems import Problem, step
 from tests.registry import CASES
 
-HALF = 4
+HALF = 3
 
 COMBINED = [
     UW() >> DWA() >> PCGrad(),
     FAMO() >> MGDA(),
     DWA() >> MoCo(),
     UW() >> GradDrop(),
-    ema(every(3, DWA() >> MGDA()), decay=0.5),
-    every(3, ema(RLW())),
-    every(3, FAMO()),
+    ema(every(2, DWA() >> MGDA()), decay=0.5),
+    every(2, ema(RLW())),
+    every(2, FAMO()),
     normalize(ema(GradNorm()), total=2.0),
     clip(every(2, UW()), low=0.1) >> normalize(DWA()),
-    every(3, SLGrad("0", lookahead=True)),
+    every(2, SLGrad("0", lookahead=True)),
     SLGrad("0", ema=0.5) >> ema(UW()),
 ]
 """Combinators in each other: no step of theirs is the first of a period just where a training is cut."""
@@ -74,8 +83,28 @@ class Training:
     def run(self, first: int, last: int) -> None:
         for k in range(first, last):
             tasks = [task for task in self.problem.tasks if k != HALF - 1 or task not in self.absent]
-            losses, reference = (lambda k=k, t=tasks: self.problem.samples(k, t)), (lambda k=k: self.problem.reference(k + 50))
+            losses, reference = (
+                (lambda k=k, t=tasks: self.problem.samples(k, t)),
+                (lambda k=k: self.problem.reference(k + 50)),
+            )
             step(self.optimizer, losses, reference=reference)
+
+    def parts(self) -> dict:
+        """What ``torch.distributed.checkpoint`` saves, and fills in place: as in docs/optimizer.md."""
+        weighting = io.BytesIO()
+        torch.save(self.optimizer.state_dict()["mtlweight"], weighting)
+        return {
+            "model": get_model_state_dict(self.model),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer.optimizer),
+            "weighting": weighting.getvalue(),
+        }
+
+    def load_parts(self, parts: dict) -> None:
+        inner = self.optimizer.optimizer
+        set_model_state_dict(self.model, parts["model"])
+        set_optimizer_state_dict(self.model, inner, parts["optimizer"])
+        own = torch.load(io.BytesIO(parts["weighting"]), weights_only=True)
+        self.optimizer.load_state_dict({**inner.state_dict(), "mtlweight": own})
 
     def checkpoint(self) -> dict:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -125,17 +154,45 @@ def registered(case, seed: int = 0) -> Training:
 TRAININGS: dict[str, Callable[..., Training]] = {
     **{repr(case.weighting): lambda seed=0, case=case: registered(case, seed) for case in CASES},
     **{repr(each): lambda seed=0, each=each: Training(each, seed=seed) for each in COMBINED},
-    **{f"the graph under {each!r}": lambda seed=0, each=each: Causal(each, seed) for each in (UW(), PCGrad(), SLGrad("a"))},
+    **{
+        f"the graph under {each!r}": lambda seed=0, each=each: Causal(each, seed)
+        for each in (UW(), PCGrad(), SLGrad("a"))
+    },
 }
 """By name: from a seed of the initial parameters to a training that has not begun."""
 
 
+def first_half(folder: Path) -> dict[str, Training]:
+    """Trains, and saves in both ways: torch.save, and torch.distributed.checkpoint."""
+    trainings = {name: make() for name, make in TRAININGS.items()}
+    for training in trainings.values():
+        training.run(0, HALF)
+    torch.save({name: training.checkpoint() for name, training in trainings.items()}, folder / "checkpoint.pt")
+    _alone(dcp.save, {name: training.parts() for name, training in trainings.items()}, folder / "distributed")
+    return trainings
+
+
+def second_half(folder: Path) -> None:
+    """Loads, trains, and saves what comes out."""
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    plain, distributed = ({name: make(seed=1) for name, make in TRAININGS.items()} for _ in range(2))
+    parts = {name: training.parts() for name, training in distributed.items()}
+    _alone(dcp.load, parts, folder / "distributed")
+    for name in TRAININGS:
+        plain[name].load(saved[name])
+        distributed[name].load_parts(parts[name])
+    for way, trainings in (("torch.save", plain), ("torch.distributed.checkpoint", distributed)):
+        for training in trainings.values():
+            training.run(HALF, 2 * HALF)
+        torch.save({name: training.result() for name, training in trainings.items()}, folder / f"{way}.result")
+
+
+def _alone(call: Callable, parts: dict, folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+        call(parts, checkpoint_id=folder)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for i, make in enumerate(TRAININGS.values()):
-        file = Path(sys.argv[1]) / f"{i}.pt"
-        if file.exists():
-            training = make(seed=1)
-            training.load(torch.load(file, weights_only=True))
-            training.run(HALF, 2 * HALF)
-            torch.save(training.result(), file.with_suffix(".result"))
+    second_half(Path(sys.argv[1]))
