@@ -25,6 +25,7 @@ from mtlweight.engines import (
     Capture,
     Parts,
     Plan,
+    called,
     full_precision,
     look_again,
     parameters,
@@ -413,15 +414,16 @@ class MultiTaskOptimizer(Optimizer):
             )
 
     def _gradients_are_finite(self) -> bool:
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        having = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        values = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in having]
         if all_finite(values):
             return True
         if self._record.on_nonfinite == "raise":
-            bad = next(g for g in values if not g.isfinite().all())
+            bad = next(p for p, g in zip(having, values, strict=True) if not g.isfinite().all())
             raise NonFiniteError(
-                f"A gradient of shape {list(bad.shape)} is not finite after backward: expected finite numbers, found "
-                "NaN or infinity. The step was not taken. Look at the batch, or choose on_nonfinite='skip'."
+                "A gradient is not finite after backward: expected finite numbers, found NaN or infinity for "
+                f"{called(bad, self._modules(), self.param_groups)}. The step was not taken. Look at the batch, or "
+                "choose on_nonfinite='skip'."
             )
         return False
 

@@ -2,7 +2,7 @@
 
 from mtlweight.engines._again import look_again, snapshot
 from mtlweight.engines._batch import ENGINES, Batch, Plan
-from mtlweight.engines._parts import Parts, parameters, parts
+from mtlweight.engines._parts import Parts, called, parameters, parts
 from mtlweight.engines._precision import full_precision
 from mtlweight.engines._read import read
 from mtlweight.engines.features import Capture
@@ -13,6 +13,7 @@ __all__ = [
     "Capture",
     "Parts",
     "Plan",
+    "called",
     "full_precision",
     "look_again",
     "parameters",

@@ -18,6 +18,7 @@ from mtlweight._weighting import Level, ReferenceUse, Weighting, wrong_shape
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
 from mtlweight.engines._graph import leaves, reentrant
 from mtlweight.engines._inject import Pairs, inject_known
+from mtlweight.engines._parts import called
 from mtlweight.engines._rows import Rows, dense, row_dtype
 
 GRADIENT_ENGINES = ("rows", "batched", "features", "samples")
@@ -114,6 +115,10 @@ class Plan:
         """The engine for alignments."""
         return self.engine if self.engine in ALIGNMENT_ENGINES else "auto"
 
+    def called(self, parameter: Tensor) -> str:
+        """What messages call a parameter."""
+        return called(parameter, self.modules, self.optimizer.param_groups)
+
     def shared_for(self, what: str) -> list[Tensor]:
         """The shared parameters, or an error that says who needs them."""
         if self.shared is None:
@@ -189,12 +194,14 @@ class Reference:
             norm = torch.stack([g.float().square().sum() for g in self.tangents]).sum().sqrt()
             self.tangents = [g / torch.where(norm > 0, norm, 1.0).to(g.dtype) for g in self.tangents]
 
-    def expect_finite(self) -> None:
+    def expect_finite(self, plan: Plan) -> None:
         """Raises if the reference is to blame for an alignment that is not finite."""
-        if not all_finite([*self.tangents, *(g for _, g in self.outer)]):
+        pairs = [*zip(self.parameters, self.tangents, strict=True), *self.outer]
+        if not all_finite([g for _, g in pairs]):
+            bad = next(p for p, g in pairs if not g.isfinite().all())
             raise NonFiniteError(
-                "The gradient of the reference is not finite: expected finite numbers, found NaN or infinity. Look at "
-                "the held-out batch and its loss."
+                "The gradient of the reference is not finite: expected finite numbers, found NaN or infinity for "
+                f"{plan.called(bad)}. Look at the held-out batch and its loss."
             )
 
     def _averaged(self, decay: float, plan: Plan) -> list[Tensor]:
@@ -292,7 +299,7 @@ class Batch:
             )
         rows = self._gradients(coefficients)
         assert rows.matrix is not None
-        self._check("gradient", row_sizes(rows.matrix))
+        self._check("gradient", row_sizes(rows.matrix), rows)
         return rows.matrix
 
     def _gradients(self, coefficients: Tensor | None) -> Rows:
@@ -309,7 +316,7 @@ class Batch:
     def gramian(self, coefficients: Tensor | None) -> Tensor:
         """``[m, m]``: over the shared parameters, or at the shared representation for the features engine."""
         if self._plan.gradient_engine != "features":
-            return self._gramian_of(self._gradients(coefficients))
+            return self._gramian_of(rows := self._gradients(coefficients), rows)
         measured = self._measure(self._points, coefficients, "rows", keep_graph=True) if self._points else None
         if measured is None or not measured.reached:
             raise MTLWeightError(
@@ -319,9 +326,9 @@ class Batch:
             )
         return self._gramian_of(measured)
 
-    def _gramian_of(self, rows: Rows) -> Tensor:
+    def _gramian_of(self, rows: Rows, over: Rows | None = None) -> Tensor:
         gramian = rows.gramian
-        self._check("gradient", gramian.diagonal())  # finite if and only if the rows are
+        self._check("gradient", gramian.diagonal(), over)  # finite if and only if the rows are
         self._gramian = gramian
         return gramian
 
@@ -333,7 +340,9 @@ class Batch:
         try:
             self._check("gradient's product with the reference's gradient", values)
         except NonFiniteError:
-            self._with_reference().expect_finite()  # only now, since to ask makes the host wait for the device
+            self._with_reference().expect_finite(
+                self._plan
+            )  # only now, since to ask makes the host wait for the device
             raise
         return values
 
@@ -489,13 +498,20 @@ class Batch:
         second = torch.autograd.grad(plain, rest, retain_graph=self._plan.keep_graph, allow_unused=True) if rest else ()
         return [*zip(shared, first, strict=True), *zip(rest, second, strict=True)]
 
-    def _check(self, what: str, values: Tensor) -> None:
+    def _check(self, what: str, values: Tensor, rows: Rows | None = None) -> None:
+        """Raises if a task's values are not finite; names the first parameter where its row, or itself, is not."""
         if not _finite(values):
             finite = values.isfinite().reshape(len(values), -1).all(dim=1)
             bad = [task for task, fine in zip(self.tasks, finite.tolist(), strict=True) if not fine]
+            where, todo = "", "Look at its batch, or choose on_nonfinite='skip' or 'drop'."
+            sick = next((p for p in self._plan.trainable if not _finite(p)), None)
+            if sick is not None:
+                where, todo = f", which {self._plan.called(sick)} holds itself", "Go back to a checkpoint."
+            elif rows is not None and (p := rows.bad_input(self.tasks.index(bad[0]))) is not None:
+                where = f" for {self._plan.called(p)}"
             raise NonFiniteError(
-                f"The {what} of task {', '.join(bad)} is not finite: expected finite numbers, found NaN or infinity. "
-                "Look at its batch, or choose on_nonfinite='skip' or 'drop'.",
+                f"The {what} of task {', '.join(bad)} is not finite: expected finite numbers, found NaN or "
+                f"infinity{where}. {todo}",
                 tasks=bad,
             )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -39,3 +39,23 @@ def parameters(parts: Sequence[nn.Module | Tensor], without: Sequence[Tensor] = 
     left_out = {id(p) for p in without}
     each = [p for part in parts for p in (part.parameters() if isinstance(part, nn.Module) else [part])]
     return list({id(p): p for p in each if p.requires_grad and id(p) not in left_out}.values())
+
+
+def called(parameter: Tensor, modules: Iterable[nn.Module], groups: Sequence[Mapping[str, Any]]) -> str:
+    """What messages call a parameter: its name in a module that the user named, else its place in the optimizer.
+
+    Args:
+        parameter: the parameter.
+        modules: those that the user named.
+        groups: the optimizer's groups of parameters.
+    """
+    shape = f"of shape {list(parameter.shape)}"
+    for module in modules:
+        for name, each in module.named_parameters():
+            if each is parameter:
+                return f"{name!r} {shape}"
+    for i, group in enumerate(groups):
+        for j, each in enumerate(group["params"]):
+            if each is parameter:
+                return f"parameter {j} of group {i}, {shape}"
+    return f"a parameter {shape}"

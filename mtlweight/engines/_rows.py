@@ -82,6 +82,14 @@ class Rows:
         """Whether any output depends on any input."""
         return any(self.reach)
 
+    def bad_input(self, t: int) -> Tensor | None:
+        """The first input for which the gradient of output ``t`` is not finite."""
+        parts: dict[int, Tensor] = {}
+        for group, vector in zip(self.groups, self.vectors[t], strict=True):
+            if vector is not None:
+                parts.update(zip(group, vector.split([self.inputs[k].numel() for k in group]), strict=True))
+        return next((self.inputs[k] for k in sorted(parts) if not parts[k].isfinite().all()), None)
+
     @property
     def gramian(self) -> Tensor:
         """``J Jᵀ``, ``[m, m]``."""
