@@ -30,6 +30,7 @@ class Accumulation:
         last: whether the next one is the last of its step; ``None``: if it is the ``size``-th.
         each: whether each one is weighed by itself.
         count: how many have come since the last step.
+        total: how many make up the step of those that have come.
         complete: whether the last one has come.
         parts: losses, reference and mask of those that wait.
     """
@@ -38,6 +39,7 @@ class Accumulation:
     last: bool | None = None
     each: bool = False
     count: int = 0
+    total: int = 0
     complete: bool = False
     parts: list[tuple[Any, Any, Any]] = field(default_factory=list)
     outside: list[list[tuple[str, Any]]] = field(default_factory=list)
@@ -105,7 +107,7 @@ class Accumulation:
                 f"as a callable, found {type(losses).__name__}. Pass combine(lambda batch=batch: losses(model, "
                 "batch)); or choose weigh='each'."
             )
-        self.count += 1
+        self.count, self.total = self.count + 1, self.size
         self.complete = self.count == self.size if self.last is None else self.last
         if self.each:
             return combine(losses, reference, mask)
@@ -128,9 +130,9 @@ class Accumulation:
         """Raises if a step comes while micro-batches wait."""
         if self.parts and not self.complete:
             raise MTLWeightError(
-                f"accumulate: expected step() after {self.size or 'all'} micro-batches, found {self.count}, which wait "
-                "for the others and have no gradient yet. Say which is the last one: accumulate(..., last=...), such "
-                "as last=accelerator.sync_gradients; or drop the loader's incomplete last batches."
+                f"accumulate: expected step() after {self.total} micro-batches, found it after {self.count}, which "
+                "wait for the others and have no gradient yet. Say which one is the last: accumulate(..., last=...), "
+                "such as last=accelerator.sync_gradients; or drop the loader's incomplete last batches."
             )
 
     def _expect_own_data(self) -> None:

@@ -195,7 +195,7 @@ def test_a_step_that_comes_too_early_raises_and_the_micro_batches_still_wait(how
     with optimizer.accumulate(3):
         optimizer.combine(parts[0]).backward()
         before = p.everything(optimizer)
-        with pytest.raises(MTLWeightError, match=r"step\(\) after 3 micro-batches, found [12], .*last="):
+        with pytest.raises(MTLWeightError, match=r"step\(\) after 3 micro-batches, found it after [12], .*last="):
             optimizer.step(lambda: optimizer.combine(parts[1]) / 3) if how == "closure" else optimizer.step()
         assert same(before, p.everything(optimizer))
     with optimizer.accumulate(3, last=True):
