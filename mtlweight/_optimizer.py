@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import traceback
 import warnings
@@ -21,11 +23,13 @@ from mtlweight._view import State, View
 from mtlweight._weighting import Weighting, evaluate
 from mtlweight.engines import (
     ENGINES,
+    Accumulation,
     Batch,
     Capture,
     Parts,
     Plan,
     called,
+    deferred,
     full_precision,
     look_again,
     parameters,
@@ -75,6 +79,7 @@ class _Record:
     tasks: tuple[str, ...] = ()
     memory: State = field(default_factory=dict)
     pending: _Pending | None = None
+    accumulation: Accumulation = field(default_factory=Accumulation)
     report: Report = field(default_factory=Report)
     skipped: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -213,21 +218,49 @@ class MultiTaskOptimizer(Optimizer):
                 there; one that has only the reference gives it by name, in a mapping.
             NonFiniteError: under the policy ``on_nonfinite``.
         """
-        with full_precision() as as_outside:
-            penalty = as_outside(self._record.penalty)
-            return self._combine(as_outside(losses), as_outside(reference), mask, environments, penalty)
-
-    def _combine(self, losses: Any, reference: Any, mask: Any, environments: Any, objective: Penalty | None) -> Tensor:
         r = self._record
+        with full_precision() as as_outside:
+            weigh = functools.partial(self._combine, environments, as_outside(r.penalty))
+            return r.accumulation.take(weigh, self.param_groups, as_outside(losses), as_outside(reference), mask)
+
+    def accumulate(
+        self, k: int, *, last: bool | None = None, weigh: Literal["together", "each"] = "together"
+    ) -> contextlib.AbstractContextManager[None]:
+        """Within the context, ``k`` calls of :meth:`combine` are the micro-batches of one step.
+
+        For loops that call ``combine`` and ``backward`` for each micro-batch, divide each scalar by ``k`` as gradient
+        accumulation does, and call :meth:`step` after the last: the plain loop, ``accelerator.accumulate(model)``,
+        Lightning's ``accumulate_grad_batches=k``. The step is that of the whole batch. Enter it around the loop, or
+        around each call.
+
+        Args:
+            k: what the loop divides each scalar by.
+            last: whether the next micro-batch is the last of its step, for loops that know; such as
+                ``accelerator.sync_gradients``. Left out, it is the ``k``-th; then ``step`` raises if it comes earlier.
+            weigh: ``"together"``: the first calls remember their losses, which must be callables that hold their data,
+                and return a scalar of value 0 whose backward leaves all gradients alone; the last one weighs them all
+                as one batch in parts, and returns ``k`` times its scalar. Their references count by their mean.
+                ``"each"``: each is weighed by itself, one after the other, from the state that the one before it left;
+                that costs least. The report is of the last one.
+
+        Raises:
+            MTLWeightError: for arguments of another kind.
+        """
+        return self._record.accumulation.within(k, last, weigh)
+
+    def _combine(self, environments: Any, objective: Penalty | None, losses: Any, reference: Any, mask: Any) -> Tensor:
+        r = self._record
+        start = r.pending if r.accumulation.continues else None
+        start = start or _Pending(r.state, r.report, r.tasks, r.memory)
         r.pending = None
         if environments is not None and r.penalty is None:
             raise MTLWeightError(
                 "Environments are for a penalty: expected MultiTaskOptimizer(..., penalty=...), found none. Pass one "
                 "that reads environments, such as Invariance().on(selector), or leave environments out."
             )
-        plan = self._plan(mask)
+        plan = self._plan(start, mask)
         rewind = snapshot([]) if r.weighting.observes_at(r.step) else None
-        if rewind is not None and (not callable(losses) or isinstance(losses, Tensor)):
+        if rewind is not None and not deferred(losses):
             raise MTLWeightError(
                 f"{plan.name} looks at the losses again after the step: expected losses as a callable, found computed "
                 "ones. Pass combine(lambda: losses(model, batch))."
@@ -235,14 +268,14 @@ class MultiTaskOptimizer(Optimizer):
         dropped: tuple[str, ...] = ()
         try:
             batch = read(losses, reference, plan)
-            tasks = tuple(dict.fromkeys((*r.tasks, *batch.tasks)))
+            tasks = tuple(dict.fromkeys((*start.tasks, *batch.tasks)))
             while True:
                 if not batch.tasks:
-                    return self._skip(dropped)
+                    return self._skip(start, dropped)
                 view = plan.view(batch)
                 try:
                     batch.losses()
-                    weights, state = evaluate(r.weighting, view, r.state)
+                    weights, state = evaluate(r.weighting, view, start.state)
                     self._expect_finite(weights, state)
                     break
                 except NonFiniteError as error:
@@ -254,11 +287,11 @@ class MultiTaskOptimizer(Optimizer):
         except NonFiniteError:
             if r.on_nonfinite == "raise":
                 raise
-            return self._skip(dropped)
+            return self._skip(start, dropped)
         writes = r.weighting.writes
         scalar = batch.combined(weights, writes, penalty)
         report = Report(step=r.step + 1, weights=weights, writes=writes, notes=view.notes, **batch.measured())
-        r.pending = _Pending(state, report, tasks, plan.memory, dropped)
+        r.pending = _Pending(state, report, tasks, plan.memory, start.dropped + dropped, start.skip)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
         return scalar
@@ -275,11 +308,15 @@ class MultiTaskOptimizer(Optimizer):
             NonFiniteError: if a gradient is not finite and ``on_nonfinite="raise"``. Nothing has changed then.
         """
         r = self._record
-        evaluations = 0
+        evaluations, pending, rewind = 0, r.pending, r.accumulation.mark()
 
         def checked() -> Any:
             nonlocal evaluations
+            if evaluations:
+                r.pending = pending
+                rewind()
             loss = closure() if closure is not None else None
+            r.accumulation.expect_complete()
             if r.pending is not None and (r.pending.skip or not self._gradients_are_finite()):
                 if evaluations:  # the wrapped optimizer has moved the parameters already
                     raise NonFiniteError(
@@ -356,9 +393,10 @@ class MultiTaskOptimizer(Optimizer):
         r.seed, r.step, r.tasks = own["seed"], own["step"], tuple(own["tasks"])
         r.state, r.memory, r.pending, r.report = own["state"], own["memory"], None, Report(step=r.step)
         r.skipped, r.dropped = own["skipped"], Counter(own["dropped"])
+        r.accumulation.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"record": replace(self._record, pending=None, capture=None)}
+        return {"record": replace(self._record, pending=None, capture=None, accumulation=Accumulation())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._record = state["record"]
@@ -367,7 +405,7 @@ class MultiTaskOptimizer(Optimizer):
     def __repr__(self) -> str:
         return f"MultiTaskOptimizer({self._record.weighting!r}, {self._record.optimizer!r})"
 
-    def _plan(self, mask: Any = None) -> Plan:
+    def _plan(self, start: _Pending, mask: Any = None) -> Plan:
         r = self._record
         return Plan(
             weighting=r.weighting,
@@ -380,10 +418,10 @@ class MultiTaskOptimizer(Optimizer):
             optimizer=r.optimizer,
             modules=self._modules(),
             capture=r.capture,
-            tasks=r.tasks,
+            tasks=start.tasks,
             mask=mask,
-            memory=r.memory,
-            state=r.state,
+            memory=start.memory,
+            state=start.state,
             view=lambda batch: View(batch, step=r.step, seed=r.seed),
             broken=r.broken,
             warn=self._fall_back,
@@ -427,15 +465,15 @@ class MultiTaskOptimizer(Optimizer):
             )
         return False
 
-    def _skip(self, dropped: tuple[str, ...]) -> Tensor:
-        r = self._record
-        r.pending = _Pending(r.state, r.report, r.tasks, r.memory, dropped, skip=True)
-        return Batch({}, self._plan()).idle()
+    def _skip(self, start: _Pending, dropped: tuple[str, ...]) -> Tensor:
+        self._record.pending = replace(start, dropped=start.dropped + dropped, skip=True)
+        return Batch({}, self._plan(start)).idle()
 
     @torch.no_grad()
     def _commit(self, skipped: bool = False) -> None:
         r = self._record
         pending, r.pending = r.pending, None
+        r.accumulation.restart()
         if pending is None:
             return
         r.dropped.update(pending.dropped)

@@ -1,7 +1,9 @@
 """Engines: how a view is filled. Each computes what a weighting declares, and nothing else."""
 
+from mtlweight.engines._accumulate import Accumulation
 from mtlweight.engines._again import look_again, snapshot
 from mtlweight.engines._batch import ENGINES, Batch, Plan
+from mtlweight.engines._losses import deferred
 from mtlweight.engines._parts import Parts, called, parameters, parts
 from mtlweight.engines._precision import full_precision
 from mtlweight.engines._read import read
@@ -9,11 +11,13 @@ from mtlweight.engines.features import Capture
 
 __all__ = [
     "ENGINES",
+    "Accumulation",
     "Batch",
     "Capture",
     "Parts",
     "Plan",
     "called",
+    "deferred",
     "full_precision",
     "look_again",
     "parameters",

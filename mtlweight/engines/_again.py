@@ -33,23 +33,27 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     return restore
 
 
-def look_again(closure: Callable[[], Any], plan: Plan, rewind: Callable[[], None], tasks: tuple[str, ...]) -> Given:
+def look_again(losses: Any, plan: Plan, rewind: Callable[[], None], tasks: tuple[str, ...]) -> Given:
     """The losses of the same batch at the present parameters, without a graph.
 
     Dropout draws the masks that it drew the first time; afterwards buffers and random state are as before the call.
 
     Args:
-        closure: returns the losses.
+        losses: a callable that returns them, or a list of these, one a part of the batch.
         plan: its modules' buffers are restored.
         rewind: puts the random state back to what it was before the first evaluation.
         tasks: the tasks to keep.
     """
+    in_parts = isinstance(losses, (list, tuple))
+    closures, plans = (losses, plan.split(len(losses))) if in_parts else ([losses], [plan])
     restore = snapshot(plan.modules)
     rewind()
     try:
         with torch.no_grad():
-            losses = plan.named(closure(), graph=False)
+            parts = [each.named(closure(), graph=False) for closure, each in zip(closures, plans, strict=True)]
     finally:
         restore()
-    stacked = _losses.stack({task: losses[task] for task in tasks})
-    return Given(losses=stacked, tasks=tasks, shares=_losses.shares(stacked, tasks, plan.masks))
+    whole = _losses.join(parts)
+    labelled = _losses.join([each.labelled(part) for each, part in zip(plans, parts, strict=True)])
+    stacked = _losses.stack({task: whole[task] for task in tasks})
+    return Given(losses=stacked, tasks=tasks, shares=_losses.shares(stacked, tasks, labelled))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,6 +90,25 @@ class Plan:
     def masks(self) -> dict[str, Tensor]:
         """Which samples have a label, by task."""
         return _losses.masks(self.mask)
+
+    def split(self, count: int) -> list[Plan]:
+        """The plan of each part of a batch whose losses come in parts.
+
+        Raises:
+            MTLWeightError: if there is not one mask a part.
+        """
+        masks = [None] * count if self.mask is None else self.mask
+        if not isinstance(masks, (list, tuple)) or len(masks) != count or not count:
+            raise MTLWeightError(
+                f"Losses in parts are masked in parts: expected a list of {max(count, 1)} masks (or none) beside as "
+                f"many callables, found {type(masks).__name__} beside {count}. Pass one mask a part."
+            )
+        return [replace(self, mask=mask) for mask in masks]
+
+    def labelled(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which samples of these tasks have a label."""
+        everyone = {t: torch.ones_like(loss, dtype=torch.bool) for t, loss in losses.items()}
+        return {t: self.masks.get(t, mask).to(mask.device) for t, mask in everyone.items()}
 
     def named(self, losses: Any, *, graph: bool = True) -> dict[str, Tensor]:
         """The present tasks' losses by name, 0 where there is no label."""

@@ -132,6 +132,25 @@ def shares(losses: Tensor, tasks: Sequence[str], masks: Masks) -> Tensor | None:
     return values / values.sum(dim=1, keepdim=True)
 
 
+def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One ``[b]`` tensor a task over all parts of a batch: zeros in the parts where the task is absent.
+
+    Args:
+        parts: one ``[b]`` tensor a task, of one length within each part. A single part is returned as it is.
+    """
+    parts = [part for part in parts if part]
+    zeros = [torch.zeros_like(next(iter(part.values()))) for part in parts]
+    tasks: list[str] = []  # in the order that they would have in the whole batch, also where the first part lacks one
+    for part in parts:
+        place = 0
+        for task in part:
+            if task not in tasks:
+                tasks.insert(place, task)
+            place = tasks.index(task) + 1
+    rows = {t: [part.get(t, zero) for part, zero in zip(parts, zeros, strict=True)] for t in tasks}
+    return {task: row[0] if len(row) == 1 else torch.cat(row) for task, row in rows.items()}
+
+
 def deferred(given: Any) -> bool:
     """Whether losses or a reference can still be evaluated at another point: callables, or a collection of these."""
     if isinstance(given, (list, tuple, Mapping)):

@@ -43,14 +43,8 @@ class MicroBatches(Batch):
         reference: Callable[[], Reference] | None = None,
         alignment: dict[str, Tensor] | None = None,
     ) -> None:
-        masks = [None] * len(parts) if plan.mask is None else plan.mask
-        if not isinstance(masks, (list, tuple)) or len(masks) != len(parts) or not parts:
-            raise MTLWeightError(
-                f"Losses in parts are masked in parts: expected a list of {max(len(parts), 1)} masks (or none) beside "
-                f"as many callables, found {type(masks).__name__} beside {len(parts)}. Pass one mask a part."
-            )
         self._closures = list(parts)
-        self._plans = [replace(plan, mask=mask) for mask in masks]
+        self._plans = plan.split(len(parts))
         self._rewind = snapshot(plan.modules)
         compare = alignment is None and reference is not None and Needs.ALIGNMENT in plan.needs
         losses: list[dict[str, Tensor]] = []
@@ -66,20 +60,9 @@ class MicroBatches(Batch):
                 "scalars. Compute the losses with reduction='none'."
             )
         self._sizes = [len(row) for row in rows]
-        tasks = tuple(dict.fromkeys(task for part in losses for task in part))
-        zeros = [torch.zeros_like(row) for row in rows]
-
-        def joined(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-            pairs = [[part.get(t, zero) for part, zero in zip(values, zeros, strict=True)] for t in tasks]
-            return {task: torch.cat(pair) for task, pair in zip(tasks, pairs, strict=True)}
-
-        present = [
-            {t: each.masks.get(t, torch.ones_like(row, dtype=torch.bool)) for t in part}
-            for each, part, row in zip(self._plans, losses, rows, strict=True)
-        ]
-        everyone = {task: mask.bool() for task, mask in joined(present).items()}
-        whole = replace(plan, mask=everyone)
-        super().__init__(joined(losses), whole, reference, joined(aligned) if compare else alignment)
+        present = [each.labelled(part) for each, part in zip(self._plans, losses, strict=True)]
+        whole = replace(plan, mask=_losses.join(present))
+        super().__init__(_losses.join(losses), whole, reference, _losses.join(aligned) if compare else alignment)
 
     def without(self, tasks: Sequence[str]) -> Batch:
         """The batch as if these tasks were absent."""

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from mtlweight import MGDA, UW, Equal, GradDrop, MTLWeightError, MultiTaskOptimizer, PCGrad, SLGrad, every
+from mtlweight import FAMO, MGDA, UW, Equal, GradDrop, MTLWeightError, MultiTaskOptimizer, PCGrad, SLGrad, every
 from tests.engines.zoo import NETWORKS, SEED, Recipe, TwoTasks, close, numbers, problem
 from tests.optimizer.problems import Problem, same_numbers, step, wrap
 
 CUTS = [slice(0, 1), slice(1, 4), slice(4, 6)]
 WEIGHTINGS = [
     Equal(),
+    FAMO(),
     UW(step_size=0.5) >> MGDA(),
     SLGrad("left"),
     SLGrad("left", scope="main", learn_reference=True, temperature=0.5),
