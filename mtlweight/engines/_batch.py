@@ -19,7 +19,8 @@ from mtlweight.engines import _losses, batched, features, forward, pullback, row
 from mtlweight.engines._graph import leaves, reentrant
 from mtlweight.engines._inject import Pairs, inject_known
 from mtlweight.engines._parts import called
-from mtlweight.engines._rows import Rows, dense, row_dtype
+from mtlweight.engines._range import dense, gradient, narrow, restored, unit, wide
+from mtlweight.engines._rows import Rows, row_dtype
 
 GRADIENT_ENGINES = ("rows", "batched", "features", "samples")
 ALIGNMENT_ENGINES = ("forward", "pullback", "samples", "rows")
@@ -170,6 +171,7 @@ class Reference:
             shared = trainable if use.scope == "all" else {id(p) for p in plan.shared_for("the alignment")}
         allowed = shared | trainable if use.scope == "main" and shared else shared
         total: dict[Tensor, Tensor] = {}
+        self.narrow = False
 
         def add(share: float, loss: Tensor) -> None:
             reached = leaves([loss])
@@ -181,10 +183,12 @@ class Reference:
                 )
             # It may share its graph with the losses. And a compiled model whose first backward may free the graph
             # refuses later ones that keep it, which the rows need.
-            found = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True) if wanted else ()
-            for p, gradient in zip(wanted, found, strict=True):
-                if gradient is not None:
-                    term = dense(gradient) if share == 1 else share * dense(gradient)
+            short = narrow([loss])
+            self.narrow |= short
+            found = gradient(loss, wanted, keep_graph=True, narrow=short) if wanted else ()
+            for p, g in zip(wanted, found, strict=True):
+                if g is not None:
+                    term = wide(dense(g)) if share == 1 else share * wide(dense(g))
                     total[p] = total[p] + term if p in total else term
 
         _losses.visit(objective, add, use.main)
@@ -210,7 +214,8 @@ class Reference:
         if use.ema:
             self.tangents = self._averaged(use.ema, plan)
         if use.unit:
-            norm = torch.stack([g.float().square().sum() for g in self.tangents]).sum().sqrt()
+            dtype = statistics_dtype(self.tangents[0].device)  # squares of small numbers are 0 in float32
+            norm = torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in self.tangents]).norm()
             self.tangents = [g / torch.where(norm > 0, norm, 1.0).to(g.dtype) for g in self.tangents]
 
     def expect_finite(self, plan: Plan) -> None:
@@ -414,7 +419,7 @@ class Batch:
             elif self._plan.outer:
                 inner = [p for p, _ in self._inner([(p, None) for p in leaves([total])])]
                 keep = self._plan.keep_graph
-                found = torch.autograd.grad(total, inner, retain_graph=keep, allow_unused=True)
+                found = gradient(total, inner, keep_graph=keep, narrow=narrow([total]))
                 scalar = inject_known(value, list(zip(inner, found, strict=True)))
             else:
                 scalar = value + (total - total.detach())
@@ -445,10 +450,11 @@ class Batch:
     @torch.enable_grad()  # weigh runs without gradients, measuring needs them
     def _align(self) -> dict[str, Tensor]:
         plan, reference = self._plan, self._with_reference()
-        losses = list(self._losses.values())
+        losses = [wide(loss) for loss in self._losses.values()]
         parameters, tangents = reference.parameters, reference.tangents
         if plan.use is not None and plan.use.scope == "main":
             parameters, tangents = main_scope(plan, self._losses, parameters, tangents)
+        tangents, size = unit(tangents) if reference.narrow or narrow(losses) else (tangents, 1.0)
         engine = plan.alignment_engine
         values: Tensor | None = None
         if engine in ("auto", "forward", "pullback"):
@@ -465,7 +471,7 @@ class Batch:
         if values is None:
             values = (samples if engine == "samples" else rows).alignment(losses, parameters, tangents)
         plan.used.append(engine)
-        return dict(zip(self._losses, values.unbind(), strict=True))
+        return dict(zip(self._losses, restored(values, size).unbind(), strict=True))
 
     def _with_reference(self) -> Reference:
         if self._reference is None:
@@ -483,7 +489,7 @@ class Batch:
     ) -> Rows:
         plan = self._plan
         plan.used.append(plan.gradient_engine)
-        losses = list(self._losses.values())
+        losses = [wide(loss) for loss in self._losses.values()]  # so that their coefficients are not rounded to less
         each = self.shares() if coefficients is None and plan.masks else coefficients
         outputs = [
             (loss if loss.ndim == 0 else loss.mean()) if each is None else (each[t].to(loss.dtype) * loss).sum()
@@ -513,8 +519,9 @@ class Batch:
         shared = self._plan.shared_for("shared parameters")
         known = {id(p) for p in shared}
         rest = [p for p in leaves([plain]) if id(p) not in known]
-        first = torch.autograd.grad(weighted, shared, retain_graph=True, allow_unused=True)
-        second = torch.autograd.grad(plain, rest, retain_graph=self._plan.keep_graph, allow_unused=True) if rest else ()
+        keep, short = self._plan.keep_graph, narrow([plain])
+        first = gradient(weighted, shared, keep_graph=True, narrow=short)
+        second = gradient(plain, rest, keep_graph=keep, narrow=short) if rest else ()
         return [*zip(shared, first, strict=True), *zip(rest, second, strict=True)]
 
     def _check(self, what: str, values: Tensor, rows: Rows | None = None) -> None:

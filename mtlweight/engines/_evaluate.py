@@ -12,6 +12,7 @@ from mtlweight._view import Needs
 from mtlweight.engines import forward
 from mtlweight.engines._batch import Batch, Plan, Reference, main_scope
 from mtlweight.engines._graph import leaves
+from mtlweight.engines._range import restored, unit
 
 
 def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) -> Batch:
@@ -33,7 +34,8 @@ def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) ->
         plan.capture.clear()
     if known is None or Needs.ALIGNMENT not in plan.needs or plan.alignment_engine not in ("auto", "forward"):
         return Batch(plan.named(losses()), plan, known)
-    parameters, tangents = known().parameters, known().tangents
+    parameters = known().parameters
+    tangents, size = unit(known().tangents) if known().narrow else (known().tangents, 1.0)
     names = forward.names(plan.modules)
     if any(id(p) not in names for p in parameters):
         if plan.engine == "forward":
@@ -59,4 +61,4 @@ def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) ->
             plan.warn("forward", "the reference reaches heads of other tasks, which scope='main' leaves out")
             return Batch(present, plan, known)
     plan.used.append("forward")
-    return Batch(present, plan, known, aligned)
+    return Batch(present, plan, known, {task: restored(values, size) for task, values in aligned.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -35,6 +36,12 @@ def bypassed(outputs: Iterable[Tensor], views: Mapping[Tensor, Tensor]) -> list[
     others = (node for node in _nodes(outputs) if node not in gates)
     direct = {id(_leaf(parent)) for node in others for parent, _ in node.next_functions if parent is not None}
     return [leaf for leaf in views if id(leaf) in direct]
+
+
+def dtypes(outputs: Iterable[Tensor]) -> set[torch.dtype]:
+    """The dtypes of the gradients that a backward from ``outputs`` computes; of a compiled model's, its ends' alone."""
+    outputs = list(outputs)
+    return {x.dtype for x in outputs} | {each.dtype for node in _nodes(outputs) for each in node._input_metadata}
 
 
 def once_differentiable(outputs: Iterable[Tensor]) -> bool:

@@ -20,6 +20,7 @@ from mtlweight.engines._batch import Batch, Plan, Reference
 from mtlweight.engines._evaluate import evaluated
 from mtlweight.engines._graph import leaves
 from mtlweight.engines._inject import inject_known
+from mtlweight.engines._range import gradient, narrow, wide
 from mtlweight.engines._rows import Rows
 
 
@@ -105,11 +106,11 @@ class MicroBatches(Batch):
                 pairs = self._two_backwards(*sums)
             else:
                 reached = leaves(sums[:1])
-                found = torch.autograd.grad(sums[0], reached, allow_unused=True)
+                found = gradient(sums[0], reached, keep_graph=False, narrow=narrow(sums[:1]))
                 pairs = [*zip(reached, found, strict=True)]
             for p, g in self._inner(pairs):
                 if g is not None:
-                    total[p] = total[p] + g if p in total else g
+                    total[p] = total[p] + g if p in total else wide(g)
         value = (shares * self.losses()).sum()
         return self._with_learnt(inject_known(value, [*total.items()]), value)
 

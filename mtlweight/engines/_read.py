@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
@@ -17,6 +16,7 @@ from mtlweight.engines._again import snapshot
 from mtlweight.engines._batch import Batch, Plan, Reference
 from mtlweight.engines._evaluate import evaluated
 from mtlweight.engines._micro import MicroBatches
+from mtlweight.engines._range import gradient, narrow
 
 
 def read(losses: Any, reference: Any, plan: Plan) -> Batch:
@@ -77,7 +77,8 @@ def _look_ahead(losses: Any, reference: Any, known: Callable[[], Reference], pla
         scalar = trial.combined(weights, "task" if weights.ndim == 1 else "sample")
         outer = {id(p) for p in plan.outer}
         inner = [p for p in plan.trainable if id(p) not in outer]
-        gradients = dict(zip(inner, torch.autograd.grad(scalar, inner, allow_unused=True), strict=True))
+        found = gradient(scalar, inner, keep_graph=False, narrow=narrow([scalar]))
+        gradients = {p: None if g is None else g.to(p.dtype) for p, g in zip(inner, found, strict=True)}
     if lookahead == "stay":
         _ahead.step(plan.optimizer, gradients)
         known()

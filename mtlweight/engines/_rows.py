@@ -11,7 +11,7 @@ from torch import Tensor
 from mtlweight._statistics import gramian_of
 from mtlweight._weighting import Level
 from mtlweight.engines._inject import inject
-from mtlweight.engines.rows import Gradients
+from mtlweight.engines._range import Gradients, dense, wide
 
 LONG = 1 << 16
 """Gradients of fewer numbers are joined: many small products cost more than a copy. Longer ones stay where they are."""
@@ -143,8 +143,7 @@ class Rows:
                 totals[j] = _plus(totals[j], factors[t], vector)
             tails: list[Tensor | None] = [None] * count
             for (t, k), g in zip(others, saved[1 + len(shared) :], strict=True):
-                gradient = g.to(torch.promote_types(g.dtype, torch.float32))
-                tails[k] = _plus(tails[k], (factors[t] if weighted else incoming).to(g.device), gradient)
+                tails[k] = _plus(tails[k], (factors[t] if weighted else incoming).to(g.device), wide(g))
             found: list[Tensor | None] = [None] * len(shapes)
             for group, total in zip(groups, totals, strict=True):
                 if total is not None:
@@ -169,11 +168,6 @@ class Rows:
 
 def _plus(total: Tensor | None, factor: Tensor, vector: Tensor) -> Tensor:
     return factor * vector if total is None else total.addcmul_(factor, vector)
-
-
-def dense(gradient: Tensor) -> Tensor:
-    """A sparse gradient as a dense one."""
-    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mtlweight.engines.rows import Gradients
+from mtlweight.engines._range import Gradients, narrow, unscaled
 
 CHUNK = 32
 """Rows in one backward."""
@@ -29,15 +30,15 @@ def gradients(
     """
     stacked = torch.stack(list(outputs))
     basis = torch.eye(len(outputs), dtype=stacked.dtype, device=stacked.device)
-    chunks = basis.split(chunk_size)
-    for i, chunk in enumerate(chunks):
-        columns = torch.autograd.grad(
-            stacked,
-            inputs,
-            chunk,
-            retain_graph=keep_graph or i + 1 < len(chunks),
-            allow_unused=True,
-            is_grads_batched=True,
+    chunks, short = basis.split(chunk_size), narrow(outputs)
+
+    def pull(chunk: Tensor, scale: float, keep: bool) -> Gradients:
+        return torch.autograd.grad(
+            stacked, inputs, scale * chunk, retain_graph=keep, allow_unused=True, is_grads_batched=True
         )
+
+    for i, chunk in enumerate(chunks):
+        keep = keep_graph or i + 1 < len(chunks)
+        columns = unscaled(functools.partial(pull, chunk), keep) if short else pull(chunk, 1.0, keep)
         for k in range(len(chunk)):
             yield tuple(None if column is None else column[k] for column in columns)

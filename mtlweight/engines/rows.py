@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from mtlweight.engines._graph import leaves
-
-Gradients = tuple[Tensor | None, ...]
+from mtlweight.engines._range import Gradients, gradient, narrow, wide
 
 
 def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, keep_graph: bool) -> Iterator[Gradients]:
@@ -23,13 +22,14 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, keep_graph
         inputs: leaves or intermediate tensors; ``None`` is returned where an output does not depend on one.
         keep_graph: whether the graph is needed again after the last output.
     """
+    short = narrow(outputs)
     for i, output in enumerate(outputs):
         mine = inputs
         if len(outputs) > 4:  # not to ask for all other tasks' heads then saves a tenth of the time
             reached = {id(p) for p in leaves([output])}
             mine = [x for x in inputs if not x.is_leaf or id(x) in reached]
         keep = keep_graph or i + 1 < len(outputs)
-        found = torch.autograd.grad(output, mine, retain_graph=keep, allow_unused=True) if mine else ()
+        found = gradient(output, mine, keep_graph=keep, narrow=short) if mine else ()
         known = dict(zip(map(id, mine), found, strict=True))
         yield tuple(known.get(id(x)) for x in inputs)
 
@@ -53,8 +53,7 @@ def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequ
 def inner(gradients: Gradients, tangents: Sequence[Tensor]) -> Tensor:
     """``<gradients, tangents>``, where ``None`` counts as zero; at least in float32."""
     total = torch.zeros((), device=tangents[0].device)
-    for gradient, tangent in zip(gradients, tangents, strict=True):
-        if gradient is not None:
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            total = total + (gradient.to(dtype) * tangent.to(dtype)).sum()
+    for g, tangent in zip(gradients, tangents, strict=True):
+        if g is not None:
+            total = total + (wide(g) * wide(tangent)).sum()
     return total

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mtlweight.engines.rows import Gradients
+from mtlweight.engines._range import Gradients, narrow, unscaled, wide
 
 CHUNK = 64
 """Samples in one vectorised backward."""
@@ -30,9 +31,14 @@ def jacobian(losses: Sequence[Tensor], inputs: Sequence[Tensor], *, chunk_size: 
     def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(flat, inputs, cotangent, retain_graph=True, materialize_grads=True)
 
-    basis = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
+    def pull_all(chunk: Tensor, scale: float, _keep: bool = True) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = torch.func.vmap(pull, chunk_size=chunk_size, randomness="error")(scale * chunk)
+        return found
+
+    basis, short = torch.eye(len(flat), dtype=flat.dtype, device=flat.device), narrow(losses)
     for chunk in basis.split(chunk_size):
-        yield list(torch.func.vmap(pull, chunk_size=chunk_size, randomness="error")(chunk))
+        found = unscaled(functools.partial(pull_all, chunk), True) if short else pull_all(chunk, 1.0)
+        yield [g for g in found if g is not None]
 
 
 def alignment(
@@ -51,9 +57,8 @@ def alignment(
     """
     parts = []
     for columns in jacobian(losses, inputs, chunk_size=chunk_size):
-        dtype = torch.promote_types(columns[0].dtype, torch.float32)
-        pairs = zip(columns, tangents, strict=True)
-        parts.append(torch.stack([c.flatten(1).to(dtype) @ t.flatten().to(dtype) for c, t in pairs]).sum(dim=0))
+        pairs = [(wide(c).flatten(1), t.flatten()) for c, t in zip(columns, tangents, strict=True)]
+        parts.append(torch.stack([c @ t.to(c.dtype) for c, t in pairs]).sum(dim=0))
     return torch.cat(parts).reshape(len(losses), *losses[0].shape)
 
 
