@@ -31,7 +31,7 @@ from mtlweight.causal import Balance, Decorrelation, Invariance, ModuleSelector,
 sys.path.append(str(Path(__file__).parents[1]))  # where the examples on tables find each other
 census, comparison, movielens = map(importlib.import_module, ("census", "comparison", "movielens"))
 
-BATCH = 1_024
+BATCH = 512
 EQUAL = Equal()
 SEX, YEAR = (census.CATEGORIES.index(column) for column in (12, 40))
 
