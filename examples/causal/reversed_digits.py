@@ -11,8 +11,10 @@ Each cause that might keep the penalties from working is a line of the table, ch
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -26,7 +28,6 @@ from mtlweight import Equal, MultiTaskOptimizer, PCGrad, Weighting
 from mtlweight.causal import Balance, Decorrelation, Invariance, ModuleSelector, Penalty, RiskVariance, Sparsity, warmup
 
 TRAIN, SHIFTED, FREE = [0.95, 0.5], [0.02], [0.1]  # FREE: ten classes that have nothing to do with each other
-BATCH = 256
 EQUAL = Equal()
 
 
@@ -44,8 +45,10 @@ class Composites:
         images, labels = mnist()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         mine = dict(zip(("train", "held out", "test"), order.split([3_400, 600, 1_000]), strict=True))[part]
-        self._images, self._dropped = images[mine], dropped
-        self._of = [(labels[mine] == digit).nonzero().flatten() for digit in range(10)]
+        by_digit = mine[labels[mine].argsort(stable=True)]
+        self._images, self._dropped = images[by_digit], dropped
+        self._counts = labels[mine].bincount(minlength=10)
+        self._firsts = self._counts.cumsum(0) - self._counts
         self._random = torch.Generator().manual_seed(1_000 * seed + len(part))
         self._fixed = fixed
         self._pools: dict[tuple[float, ...], Batch] = {}
@@ -67,16 +70,14 @@ class Composites:
         other = (right + torch.randint(1, 10, (n,), generator=self._random)) % 10
         left = torch.where(agree, right, other)
         hard = self._pick(left)
-        kept = torch.rand(hard.shape, generator=self._random) >= self._dropped
-        hard = hard * kept + 0.3 * torch.randn(hard.shape, generator=self._random)
+        hard.mul_(torch.rand(hard.shape, generator=self._random).ge_(self._dropped))
+        hard.add_(torch.randn(hard.shape, generator=self._random), alpha=0.3)
         return Batch(torch.cat([hard, self._pick(right)], dim=2)[:, None], left, right, environments)
 
     def _pick(self, labels: Tensor) -> Tensor:
-        chosen = torch.empty_like(labels)
-        for digit, indices in enumerate(self._of):
-            mine = labels == digit
-            chosen[mine] = indices[torch.randint(len(indices), (int(mine.sum()),), generator=self._random)]
-        return self._images[chosen]
+        """A random image of each digit."""
+        within = torch.rand(len(labels), generator=self._random, dtype=torch.float64) * self._counts[labels]
+        return self._images[self._firsts[labels] + within.long()]
 
 
 @dataclass(frozen=True)
@@ -106,28 +107,31 @@ class Half(nn.Module):
 
 
 class Network(nn.Module):
-    """Convolutional modules, a graph, and a linear head a task.
+    """Small convolutional modules, a graph, and a head a task.
 
     Args:
         modules: how many.
         halves: whether each module sees one half of the image only, the two sides in turn.
         gate: of the selector.
+        spread: of the selector.
+        deep: whether heads have a hidden layer.
     """
 
-    def __init__(self, modules: int, halves: bool, gate: str) -> None:
+    def __init__(self, modules: int, halves: bool, gate: str, spread: float, deep: bool) -> None:
         super().__init__()
         bank = [
             nn.Sequential(
                 *([Half(left=k % 2 == 0)] if halves else []),
-                *(nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 5, stride=2), nn.ReLU(), nn.Flatten()),
-                *(nn.Linear(16 * 4 * 11, 32), nn.ReLU()),
+                *(nn.Conv2d(1, 16, 7, stride=7), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 4 * 8, 32), nn.ReLU()),
             )
             for k in range(modules)
         ]
-        self.selector = ModuleSelector(bank, ["a", "b"], gate)
-        self.heads = nn.ModuleDict({task: nn.Linear(32, 10) for task in self.selector.tasks})
+        self.selector = ModuleSelector(bank, ["a", "b"], gate, spread=spread)
+        hidden = (nn.Linear(32, 32), nn.ReLU()) if deep else ()
+        self.heads = nn.ModuleDict({task: nn.Sequential(*hidden, nn.Linear(32, 10)) for task in self.selector.tasks})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Each task's logits, ``[n, 10]``."""
         return {task: self.heads[task](h) for task, h in self.selector(x).items()}
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -151,18 +155,20 @@ class Method:
     bilevel: bool = False
     halves: bool = False
     gate: str = "sigmoid"
+    spread: float = 0.5
+    deep: bool = False
     tasks: tuple[str, ...] = ("a", "b")
     dropped: float = 0.7
-    batch: int = BATCH
+    batch: int = 512
 
     def __call__(self, seed: int, steps: int, quick: bool, bar: tqdm) -> dict[str, Any]:
         torch.manual_seed(seed)
         data = Composites("train", seed, self.dropped, self.fixed)
         held_out = Composites("held out", seed, self.dropped)
-        model = Network(self.modules, self.halves, self.gate)
-        selector = model.selector
         test = Composites("test", seed, self.dropped)
-        free = test.draw(FREE, 200 if quick else 2_000)
+        model = Network(self.modules, self.halves, self.gate, self.spread, self.deep)
+        selector = model.selector
+        free = test.draw(FREE, 200 if quick else 1_000)
         before = other_half(model, free)
         optimizer = MultiTaskOptimizer(
             torch.optim.Adam(
@@ -179,7 +185,7 @@ class Method:
         agreements = list(self.agreements)
         graphs = []
         for step in range(steps):
-            if step % max(1, steps // 5) == 0:
+            if step % max(1, steps // 4) == 0:
                 graphs.append(selector.graph.values.tolist())
             batch = data.draw(agreements, self.batch)
             losses = model.losses(batch)
@@ -193,19 +199,30 @@ class Method:
             optimizer.step()
             bar.update()
         graphs.append(selector.graph.values.tolist())
-        n = 200 if quick else 4_000
         found: dict[str, Any] = {
             "other half, before": before,
             "other half, after": other_half(model, free),
             "graphs": graphs,
+            "modules look right": [on_the_right(module, free.images) for module in selector.bank.values()],
         }
-        for name, where in (("trained", TRAIN), ("shifted", SHIFTED)):
-            batch = test.draw(where, n)
+        # The last one is what strengths were chosen by, of another seed than those in the table.
+        for name, part, where in (
+            ("trained", test, TRAIN),
+            ("shifted", test, SHIFTED),
+            ("held out", held_out, SHIFTED),
+        ):
+            batch = part.draw(where, 200 if quick else 4_000)
             with torch.no_grad():
-                logits = model(batch.images)
-            found[f"a, {name}"] = (logits["a"].argmax(dim=1) == batch.left).double().mean().item()
-            found[f"b, {name}"] = (logits["b"].argmax(dim=1) == batch.right).double().mean().item()
+                answers = {task: logits.argmax(dim=1) for task, logits in model(batch.images).items()}
+            found[f"a, {name}"] = share(answers["a"] == batch.left)
+            found[f"a says b's digit, {name}"] = share(answers["a"] == batch.right)
+            if "b" in self.tasks:
+                found[f"b, {name}"] = share(answers["b"] == batch.right)
         return found
+
+
+def share(values: Tensor) -> float:
+    return values.double().mean().item()
 
 
 def total(model: Network, batch: Batch) -> Tensor:
@@ -215,82 +232,94 @@ def total(model: Network, batch: Batch) -> Tensor:
 
 def other_half(model: Network, batch: Batch) -> float:
     """The share of task a's loss gradient, in absolute values, that falls on task b's half of the image."""
-    images = batch.images.clone().requires_grad_()
-    model.losses(replace(batch, images=images))["a"].sum().backward()
-    model.zero_grad()
-    size = images.grad.abs()
+    return on_the_right(lambda images: model.losses(replace(batch, images=images))["a"], batch.images)
+
+
+def on_the_right(function: Callable[[Tensor], Tensor], images: Tensor) -> float:
+    """The share of the function's gradient, in absolute values, that falls on the right half of the images."""
+    images = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(images).sum(), images)
+    size = gradient.abs()
     return (size[..., 28:].sum() / size.sum()).item()
 
 
-def invariance(strength: float, penalty: Penalty, start: int = 200) -> Penalty:
-    return warmup(400, strength * penalty, start=start)
+def invariance(*penalties: Penalty, start: int = 300) -> Penalty:
+    """Off until task a has learned to read what it can; then rising over 100 steps."""
+    return warmup(100, reduce(add, penalties), start=start)
 
 
-GRAPH, RISK = 30 * Invariance("norm"), 30 * RiskVariance()
+# Strengths were chosen with seed 100, which is in no table, on held-out digits under the shift, for all methods alike.
+GRAPH, RISK = 10 * Invariance("norm"), 30 * RiskVariance()
 DECORRELATION, SPARSITY, BALANCE = 1.0 * Decorrelation(), 0.05 * Sparsity(), 0.3 * Balance()
 REST = DECORRELATION + SPARSITY + BALANCE
-MTCRL = Method(invariance(1, GRAPH + RISK) + REST)
-IRM = Method(invariance(30, Invariance("norm")), modules=1)
-REX = Method(invariance(30, RiskVariance()), modules=1)
+TARGET = Method(agreements=tuple(FREE))
 PLAIN = Method()
+REX = Method(invariance(RISK), modules=1)
+MTCRL = Method(invariance(GRAPH, RISK) + REST)
 
-METHODS = {
-    "labels that do not agree (target)": Method(agreements=tuple(FREE)),
-    "single task": Method(tasks=("a",)),
-    "multi-task": PLAIN,
-    "PCGrad": Method(weighting=PCGrad()),
-    "IRM, one module": IRM,
-    "IRM, one module, strength × 10": Method(invariance(300, Invariance("norm")), modules=1),
-    "V-REx, one module": REX,
-    "V-REx, one module, strength × 10": Method(invariance(300, RiskVariance()), modules=1),
-    "MT-CRL": MTCRL,
-    "- both invariances": Method(REST),
-    "- invariance of the graph": Method(invariance(1, RISK) + REST),
-    "- invariance of the risk": Method(invariance(1, GRAPH) + REST),
-    "- decorrelation": Method(invariance(1, GRAPH + RISK) + SPARSITY + BALANCE),
-    "- sparsity": Method(invariance(1, GRAPH + RISK) + DECORRELATION + BALANCE),
-    "- balance": Method(invariance(1, GRAPH + RISK) + DECORRELATION + SPARSITY),
-    "invariances × 3": Method(invariance(3, GRAPH + RISK) + REST),
-    "invariances × 10": Method(invariance(10, GRAPH + RISK) + REST),
-    "invariances × 10, batch of 1,024": Method(invariance(10, GRAPH + RISK) + REST, batch=1_024),
-    "variance in place of norm": Method(invariance(1, 30 * Invariance("variance") + RISK) + REST),
-    "late invariances": Method(invariance(1, GRAPH + RISK, start=800) + REST),
-    "decorrelation × 10": Method(invariance(1, GRAPH + RISK) + 10 * DECORRELATION + SPARSITY + BALANCE),
-    "4,000 fixed composites, multi-task": replace(PLAIN, fixed=4_000),
-    "4,000 fixed composites": replace(MTCRL, fixed=4_000),
-    "graph on held-out digits": replace(MTCRL, bilevel=True),
-    "softmax gates": Method(invariance(1, GRAPH + RISK) + DECORRELATION + BALANCE, gate="softmax"),
-    "modules see one half each, multi-task": replace(PLAIN, halves=True),
-    "modules see one half each": replace(MTCRL, halves=True),
-    "modules see one half each, invariances × 10": Method(invariance(10, GRAPH + RISK) + REST, halves=True),
-}
 COLUMNS = {
     "a, trained": "a, trained",
     "a, shifted": "a, shifted",
+    "a says b's digit": "a says b's digit, shifted",
     "b, shifted": "b, shifted",
     "other half, before": "other half, before",
-    "other half, after": "other half, after",
+    "after": "other half, after",
 }
-STUDY = Study("reversed digits", 2_000, METHODS, COLUMNS, first="trained at .95 and .5, shifted to .02")
+METHODS = {
+    "labels that do not agree (ceiling)": TARGET,
+    "single task": Method(tasks=("a",)),
+    "multi-task": PLAIN,
+    "PCGrad": Method(weighting=PCGrad()),
+    "IRM, one module": Method(invariance(30 * Invariance("norm")), modules=1),
+    "V-REx, one module": REX,
+    "MT-CRL": MTCRL,
+    "- both invariances": Method(REST),
+    "- invariance of the graph": Method(invariance(RISK) + REST),
+    "- invariance of the risk": Method(invariance(GRAPH) + REST),
+    "- decorrelation": Method(invariance(GRAPH, RISK) + SPARSITY + BALANCE),
+    "- sparsity": Method(invariance(GRAPH, RISK) + DECORRELATION + BALANCE),
+    "- balance": Method(invariance(GRAPH, RISK) + DECORRELATION + SPARSITY),
+    "modules see one half each: multi-task": replace(PLAIN, halves=True),
+    "modules see one half each: MT-CRL": replace(MTCRL, halves=True),
+}
+STUDY = Study("reversed digits", 800, METHODS, COLUMNS, first="trained at .95 and .5, shifted to .02")
+
+CAUSES = Study(
+    "causes",
+    800,
+    {
+        "MT-CRL as above": MTCRL,
+        "4,000 fixed composites": replace(MTCRL, fixed=4_000),
+        "4,000 fixed composites, multi-task": replace(PLAIN, fixed=4_000),
+        "invariances × 10": Method(invariance(10 * GRAPH, 10 * RISK) + REST),
+        "invariances × 10, batch of 1,024": Method(invariance(10 * GRAPH, 10 * RISK) + REST, batch=1_024),
+        "batch of 128": replace(MTCRL, batch=128),
+        "invariances from the start": Method(invariance(GRAPH, RISK, start=0) + REST),
+        "variance in place of norm": Method(invariance(10 * Invariance("variance"), RISK) + REST),
+        "graph on held-out digits": replace(MTCRL, bilevel=True),
+        "softmax gates": Method(invariance(GRAPH, RISK) + DECORRELATION + BALANCE, gate="softmax"),
+        "graph that starts with far apart rows": replace(MTCRL, spread=2.0),
+        "heads with a hidden layer": replace(MTCRL, deep=True),
+        "modules see one half each, V-REx alone": replace(REX, modules=4, halves=True),
+    },
+    COLUMNS,
+    first="MT-CRL, one thing changed",
+)
 
 DIFFICULTIES = (0.0, 0.4, 0.6, 0.8)
 KNOB = Study(
     "difficulty",
-    2_000,
+    800,
     {
         f"{name}, {dropped:.0%} dropped": replace(method, dropped=dropped)
         for dropped in DIFFICULTIES
-        for name, method in (
-            ("target", METHODS["labels that do not agree (target)"]),
-            ("multi-task", PLAIN),
-            ("V-REx", REX),
-            ("MT-CRL", MTCRL),
-        )
+        for name, method in (("ceiling", TARGET), ("multi-task", PLAIN), ("MT-CRL", MTCRL))
     },
     COLUMNS,
-    first="share of the left digit's pixels",
+    first="share of the left digit's pixels that is dropped",
 )
 
 if __name__ == "__main__":
-    study = KNOB if "--difficulty" in sys.argv else STUDY
-    study.main(__doc__, [argument for argument in sys.argv[1:] if argument != "--difficulty"])
+    tables = {"--causes": CAUSES, "--difficulty": KNOB}
+    chosen = next((tables[argument] for argument in sys.argv if argument in tables), STUDY)
+    chosen.main(__doc__, [argument for argument in sys.argv[1:] if argument not in tables])

