@@ -68,9 +68,10 @@ def scaled(loss, scale):
 
 
 def losses_of(p, weighting, k, scale=1.0):
-    """As the weighting needs them."""
+    """As the weighting needs them, times one scale, or one a task."""
     losses = p.samples(k) if per_sample(weighting) else p.losses(k)
-    return {task: scaled(loss, scale) for task, loss in losses.items()}
+    scales = scale if isinstance(scale, dict) else dict.fromkeys(losses, scale)
+    return {task: scaled(loss, scales[task]) for task, loss in losses.items()}
 
 
 def wrapped(p, weighting, *, lr=0.1, **options):

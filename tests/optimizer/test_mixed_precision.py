@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from mtlweight import MTLWeightError, Needs, weighting
+from mtlweight import MGDA, AutoLambda, Equal, Needs, SLGrad, weighting
 from tests.engines.zoo import close
-from tests.optimizer.problems import DEVICES, same, same_numbers
+from tests.optimizer.problems import DEVICES, same
 from tests.optimizer.registered import Rounded, cases, combined, engines_of, scaled, tasks_of, wrapped
 
 LOW = [torch.bfloat16, torch.float16]
@@ -72,6 +72,48 @@ def test_no_gradient_in_float16_is_too_small_or_too_large_to_be_measured(engine,
     powers = {"losses": scale, "jacobian": scale, "gramian": 2 * scale, "alignment": scale + reference}
     for name, values in expected.items():
         assert close(found[name], 2.0 ** powers[name] * values, rounding=2 * torch.finfo(torch.float16).eps), name
+
+
+def halves(p, scale):
+    """The losses in two parts."""
+    return [
+        lambda rows=rows: {t: scaled(x[rows], scale) for t, x in p.samples().items()} for rows in ([0, 1, 2, 3], [4, 5])
+    ]
+
+
+def whole(p, scale):
+    return lambda: {t: scaled(x, scale) for t, x in p.samples().items()}
+
+
+ROUTES = {
+    "rows": (MGDA(), whole, {}),
+    "rows of parts": (MGDA(), halves, {}),
+    "sums of parts": (Equal(), halves, {}),
+    "unweighted heads": (Equal(), whole, {"heads": "unweighted"}),
+    "unweighted heads of parts": (Equal(), halves, {"heads": "unweighted"}),
+    "outer parameters": (Equal(), whole, {"outer": ["1"]}),
+    "the reference's own gradient": (SLGrad("0", learn_reference=True) >> MGDA(), whole, {}),
+    "a step ahead": (AutoLambda("0", step_size=1.0), whole, {}),
+}
+
+
+@every_device
+@pytest.mark.parametrize(("weighting", "give", "options"), ROUTES.values(), ids=ROUTES)
+def test_what_combine_differentiates_itself_is_not_too_small_for_float16(weighting, give, options, device):
+    def run(scale):
+        p = Rounded(TASKS, torch.float16, autocast=True, device=device)
+        more = {"outer": p.model.heads["1"]} if "outer" in options else options
+        optimizer = wrapped(p, weighting, lr=0.1 / scale, **more)
+        reference = (
+            (lambda: scaled(p.samples(50)["0"] + p.samples(50)["1"], scale)) if weighting.reference or "outer" in options else None
+        )
+        scalar = optimizer.combine(give(p, scale), reference=reference)
+        (scalar / scale).backward()
+        optimizer.step()
+        return [optimizer.report.weights, *p.gradients().values()]
+
+    for found, expected in zip(run(2.0**-24), run(1.0), strict=True):
+        assert close(found, expected, rounding=3 * torch.finfo(torch.float16).eps)
 
 
 # The step
