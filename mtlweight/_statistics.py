@@ -40,7 +40,7 @@ def gramian_of(*blocks: Tensor | Sequence[Tensor], columns: int = 1 << 20) -> Te
     total.zero_()
     for part in parts:
         unit = _stacked(part) / torch.where(size == 0, 1.0, size)
-        total += unit @ unit.T
+        total += _square(unit)
     return total * size.to(dtype) * size.T.to(dtype)
 
 
@@ -58,8 +58,13 @@ def _products(rows: Tensor | Sequence[Tensor]) -> Tensor:
         for i, j in itertools.combinations_with_replacement(range(m), 2):
             pairs[i, j] = pairs[j, i] = torch.dot(rows[i], rows[j])
         return pairs
-    block = _stacked(rows)
-    return block @ block.T
+    return _square(_stacked(rows))
+
+
+def _square(rows: Tensor) -> Tensor:
+    """``J Jᵀ``, symmetric to the last bit, as torch's product of a float32 matrix mostly is not."""
+    product = rows @ rows.T
+    return (product + product.T) / 2
 
 
 def _stacked(rows: Tensor | Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 
 import mtlweight
 from mtlweight import MultiTaskOptimizer, Needs
+from mtlweight._statistics import gramian_of
 from tests.engines.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem
 
 # Some operators' backward has no batching rule: torch loops over it and says so, once in a process.
@@ -205,6 +206,15 @@ def test_gradients_keep_the_parameters_memory_format(engine):
     weight = p.model.encoder[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert weight.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-15])
+def test_gramians_are_symmetric_to_the_last_bit_so_that_no_order_of_tasks_matters(scale):
+    for seed in range(20):
+        rows = scale * torch.randn(2 + seed % 7, 20 + seed, generator=torch.Generator().manual_seed(seed))
+        gramian = gramian_of(rows)
+        assert torch.equal(gramian, gramian.T)
+        assert close(gramian, rows.double() @ rows.double().T, rounding=1e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
