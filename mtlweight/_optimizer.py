@@ -8,7 +8,7 @@ import inspect
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._report import Report
-from mtlweight._statistics import Given, all_finite
+from mtlweight._statistics import Given, all_finite, tensors_of
 from mtlweight._view import State, View
 from mtlweight._weighting import Weighting, evaluate
 from mtlweight.engines import (
@@ -420,7 +420,7 @@ class MultiTaskOptimizer(Optimizer):
             capture=r.capture,
             tasks=start.tasks,
             mask=mask,
-            memory=start.memory,
+            memory={**start.memory},
             state=start.state,
             view=lambda batch: View(batch, step=r.step, seed=r.seed),
             broken=r.broken,
@@ -444,7 +444,7 @@ class MultiTaskOptimizer(Optimizer):
         r.capture = Capture(modules)
 
     def _expect_finite(self, weights: Tensor, state: State) -> None:
-        if not all_finite([weights, *_tensors(state)]):
+        if not all_finite([weights, *tensors_of(state)]):
             raise NonFiniteError(
                 f"{self._record.weighting!r} returned weights or a state that are not finite for finite losses and "
                 f"gradients: expected finite ones, found weights {weights.flatten()[:8].tolist()}. Look at its "
@@ -486,7 +486,7 @@ class MultiTaskOptimizer(Optimizer):
             with full_precision():
                 view = View(pending.observe(), step=r.step - 1, seed=r.seed)
                 seen = r.weighting.observe(view, pending.state) if view.losses.isfinite().all() else None
-            if seen is not None and all_finite(list(_tensors(seen))):
+            if seen is not None and all_finite(list(tensors_of(seen))):
                 r.state = seen
             else:
                 r.fallbacks["the losses after the step were not finite: not observed"] += 1
@@ -551,11 +551,3 @@ def _signature(weighting: Weighting) -> str:
         for each in (value if isinstance(value, tuple) else [value])
     ]
     return type(weighting).__name__ + (f"({', '.join(words)})" if words else "")
-
-
-def _tensors(state: Any) -> Iterable[Tensor]:
-    for value in state.values():
-        if not isinstance(value, Tensor):
-            yield from _tensors(value)
-        elif value.is_floating_point():
-            yield value

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,15 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     if all(tensor.device.type == "cpu" and math.isfinite(tensor.detach().sum()) for tensor in tensors):
         return True
     return any(bool(nn.utils.get_total_norm(tensors, p).isfinite()) for p in (2.0, torch.inf))
+
+
+def tensors_of(state: Any) -> Iterator[Tensor]:
+    """The tensors of floating point in a state."""
+    for value in state.values():
+        if not isinstance(value, Tensor):
+            yield from tensors_of(value)
+        elif value.is_floating_point():
+            yield value
 
 
 class Given:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlweight._errors import MTLWeightError, NonFiniteError
-from mtlweight._statistics import all_finite, row_sizes, statistics_dtype
+from mtlweight._statistics import all_finite, row_sizes, statistics_dtype, tensors_of
 from mtlweight._view import Needs, State, View, expect_samples
 from mtlweight._weighting import Level, ReferenceUse, Weighting, wrong_shape
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
@@ -45,7 +45,7 @@ class Plan:
         capture: records the shared representation, for the features engine.
         tasks: the tasks that the committed state knows.
         mask: which samples have a label, as the user gave it.
-        memory: what engines keep from step to step: the one committed; then, if something is to be kept, the next.
+        memory: what engines keep from step to step: a copy of the committed one, which becomes the next.
         state: the weighting's committed state.
         view: the view of a batch.
         broken: engines that have fallen back before, with the cause.
@@ -64,7 +64,7 @@ class Plan:
     capture: features.Capture | None
     tasks: tuple[str, ...]
     mask: Any
-    memory: State
+    memory: dict[str, Any]
     state: State | None
     view: Callable[[Batch], View]
     broken: Mapping[str, str]
@@ -123,7 +123,29 @@ class Plan:
     @functools.cached_property
     def trainable(self) -> list[Tensor]:
         """The optimizer's parameters that require grad."""
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return [p for p in self.every if p.requires_grad]
+
+    @property
+    def every(self) -> list[Tensor]:
+        """The optimizer's parameters, frozen ones too."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def expect_columns(self, inputs: list[Tensor]) -> None:
+        """Raises if the Jacobian's columns are other ones than those that the weighting's state is about."""
+        place = {id(p): k for k, p in enumerate(self.every)}
+        now = torch.tensor([[place.get(id(p), -1), p.numel()] for p in inputs])
+        known = self.memory.setdefault("columns", now)
+        if torch.equal(known, now):
+            return
+        before, n = (int(columns[:, 1].sum()) for columns in (known, now))
+        if any(tensor.ndim and tensor.shape[-1] == before for tensor in tensors_of(self.state or {})):
+            raise MTLWeightError(
+                f"{self.name} remembers a number for each entry of the shared parameters' gradients: expected the "
+                f"parameters of the steps before, with {before} entries, found others, with {n}. Do not freeze, thaw "
+                "or add shared parameters in mid-training; or wrap the optimizer anew, which starts the weighting "
+                "afresh."
+            )
+        self.memory["columns"] = now
 
     @property
     def gradient_engine(self) -> str:
@@ -230,14 +252,13 @@ class Reference:
 
     def _averaged(self, decay: float, plan: Plan) -> list[Tensor]:
         """``v ← decay·v + (1 - decay)·g`` for each parameter, by its position; the first gradient starts it."""
-        parameters = [p for group in plan.optimizer.param_groups for p in group["params"]]
-        names = {p: str(k) for k, p in enumerate(dict.fromkeys([*parameters, *(plan.shared or [])]))}
+        names = {p: str(k) for k, p in enumerate(dict.fromkeys([*plan.every, *(plan.shared or [])]))}
         known: Any = plan.memory.get("reference", {})
         averages = {}
         for p, g in zip(self.parameters, self.tangents, strict=True):
             old = known.get(names[p])
             averages[names[p]] = g if old is None else decay * old.to(g) + (1 - decay) * g
-        plan.memory = {**plan.memory, "reference": {**known, **averages}}
+        plan.memory["reference"] = {**known, **averages}
         return [*averages.values()]
 
 
@@ -323,6 +344,7 @@ class Batch:
             )
         rows = self._gradients(coefficients)
         assert rows.matrix is not None
+        self._plan.expect_columns(rows.inputs)
         self._check("gradient", row_sizes(rows.matrix), rows)
         return rows.matrix
 

@@ -104,7 +104,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("m", "n", "b", "kind"), SHAPES, ids=lambda part: str(part))
+@pytest.mark.parametrize(("m", "n", "b", "kind"), SHAPES, ids=str)
 @every_weighting
 def test_a_step_is_finite_and_keeps_every_claim_for_any_number_of_tasks_parameters_and_samples(case, m, n, b, kind):
     weighting, traits = case.weighting, case.weighting.traits
@@ -118,7 +118,9 @@ def test_a_step_is_finite_and_keeps_every_claim_for_any_number_of_tasks_paramete
         for _ in range(2 if m < 40 else 1):
             optimizer.zero_grad()
             if b < traits.samples:
-                with pytest.raises(MTLWeightError, match=f"expected at least {traits.samples} samples a task, found {b}"):
+                with pytest.raises(
+                    MTLWeightError, match=f"expected at least {traits.samples} samples a task, found {b}"
+                ):
                     optimizer.combine(lambda p=p: p.losses(False), reference=reference)
                 return
             optimizer.combine(lambda p=p: p.losses(not per_sample(weighting)), reference=reference).backward()

@@ -105,7 +105,9 @@ def test_what_combine_differentiates_itself_is_not_too_small_for_float16(weighti
         more = {"outer": p.model.heads["1"]} if "outer" in options else options
         optimizer = wrapped(p, weighting, lr=0.1 / scale, **more)
         reference = (
-            (lambda: scaled(p.samples(50)["0"] + p.samples(50)["1"], scale)) if weighting.reference or "outer" in options else None
+            (lambda: scaled(p.samples(50)["0"] + p.samples(50)["1"], scale))
+            if weighting.reference or "outer" in options
+            else None
         )
         scalar = optimizer.combine(give(p, scale), reference=reference)
         (scalar / scale).backward()
