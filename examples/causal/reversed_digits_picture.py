@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, SubFigure
 
-from examples.causal.reversed_digits import DIFFICULTIES, KNOB, STUDY
+from examples.causal.reversed_digits import CEILING, DIFFICULTIES, KNOB, PLAIN, STUDY
 from examples.causal.study import PAGE
 
 CAUSAL, ORDINARY, GREY, PALE = "#1b6ca8", "#c8402f", "#6f757c", "#e4e6e9"
@@ -71,22 +71,24 @@ def difficulty(path: Path, runs: Runs) -> None:
     title = "The harder its own digit, the more ordinary training relies on the other one, and the more it loses."
     head.text(0.01, 0.3, title, size=15, weight="bold")
     left, right = body.subplots(1, 2, sharey=True)
+    levels = sorted({*DIFFICULTIES, PLAIN.dropped})
     for method, label, colour in (
-        ("ceiling", "labels that never agreed more", GREY),
+        (CEILING, "labels that never agreed more", GREY),
         ("multi-task", "ordinary training", ORDINARY),
         ("MT-CRL", "MT-CRL", CAUSAL),
     ):
-        rows = [f"{method}, {dropped:.0%} dropped" for dropped in DIFFICULTIES]
+        rows = [method if level == PLAIN.dropped else f"{method}, {level:.0%} dropped" for level in levels]
         accuracy, says = (
-            [mean(run[row][key] for run in runs) for row in rows] for key in ("a, shifted", "a says b's digit, shifted")
+            [mean(run[row][key] for run in runs if row in run) for row in rows]
+            for key in ("a, shifted", "a says b's digit, shifted")
         )
-        left.plot(DIFFICULTIES, accuracy, "o-", color=colour, linewidth=3, label=label)
+        left.plot(levels, accuracy, "o-", color=colour, linewidth=3, label=label)
         right.plot(says, accuracy, "o-", color=colour, linewidth=3)
-        for x, y, dropped in zip(says, accuracy, DIFFICULTIES, strict=True):
-            right.annotate(f"{dropped:.0%}", (x, y), (7, 5), textcoords="offset points", color=colour, size=10)
+        for x, y, level in zip(says, accuracy, levels, strict=True):
+            right.annotate(f"{level:.0%}", (x, y), (7, 5), textcoords="offset points", color=colour, size=10)
     left.legend(frameon=False, loc="lower left")
     left.set(xlabel="pixels of its own digit that are dropped", ylabel="task a right, under shift")
-    left.set_xticks(DIFFICULTIES, [f"{dropped:.0%}" for dropped in DIFFICULTIES])
+    left.set_xticks(levels, [f"{level:.0%}" for level in levels])
     right.set(xlabel="task a gives b's digit as its answer, under shift (labels: pixels dropped)")
     right.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
     left.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
@@ -115,7 +117,7 @@ def main() -> None:
     options = parser.parse_args()
     run = json.loads((options.json / f"{STUDY.name}-{options.seed}.json").read_text())
     graphs(options.output / "reversed_digits.png", run)
-    files = sorted(options.json.glob(f"{KNOB.name}-*.json"))
+    files = [path for study in (STUDY, KNOB) for path in options.json.glob(f"{study.name}-*.json")]
     difficulty(options.output / "reversed_digits_difficulty.png", [json.loads(path.read_text()) for path in files])
 
 
