@@ -57,7 +57,7 @@ def alignment(
     """
     parts = []
     for columns in jacobian(losses, inputs, chunk_size=chunk_size):
-        pairs = [(wide(c).flatten(1), t.flatten()) for c, t in zip(columns, tangents, strict=True)]
+        pairs = [(wide(c).reshape(len(c), -1), t.flatten()) for c, t in zip(columns, tangents, strict=True)]
         parts.append(torch.stack([c @ t.to(c.dtype) for c, t in pairs]).sum(dim=0))
     return torch.cat(parts).reshape(len(losses), *losses[0].shape)
 

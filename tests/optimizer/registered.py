@@ -2,15 +2,19 @@
 
 import contextlib
 
+import pytest
 import torch
 
-from mtlweight import MultiTaskOptimizer, Needs
+from mtlweight import MultiTaskOptimizer, Needs, weighting
 from mtlweight.testing._conformance import name_of, per_sample
 from tests.optimizer.problems import Problem
 from tests.registry import CASES
 
 GRADIENTS = Needs.GRAMIAN | Needs.JACOBIAN
-cases = {name_of(case.weighting): case for case in CASES}
+ENGINES = ["rows", "batched", "samples", "forward", "pullback", "features"]
+TASKS = ("0", "1")
+every_weighting = pytest.mark.parametrize("case", CASES, ids=lambda case: name_of(case.weighting))
+every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 def tasks_of(case, count=2):
@@ -84,3 +88,22 @@ def combined(optimizer, p, k, scale=1.0, reference_scale=1.0):
     reference = (lambda: scaled(p.reference(), reference_scale)) if weighting.reference else None
     optimizer.zero_grad()
     return optimizer.combine(lambda: losses_of(p, weighting, k, scale), reference=reference)
+
+
+def statistics(p, engine, scale=1.0, reference_scale=1.0):
+    """What a weighting sees that reads everything that the engine can measure."""
+    seen = {}
+
+    @weighting(Needs.GRAMIAN if engine == "features" else ~Needs.NOTHING)
+    def reads(view):
+        if engine != "features":
+            seen.update(losses=view.sample_losses, jacobian=view.jacobian, alignment=view.sample_alignment)
+        seen.update(gramian=view.gramian)
+        return torch.ones_like(view.gramian[0])
+
+    optimizer = wrapped(p, reads, engine=engine)
+    optimizer.combine(
+        lambda: {task: scaled(loss, scale) for task, loss in p.samples().items()},
+        reference=lambda: scaled(p.reference(), reference_scale),
+    )
+    return seen

@@ -1,44 +1,35 @@
 """Low precision, against the plain float32 run; and gradient scalers, which must not be seen by any weighting."""
 
 import copy
+import functools
 
 import pytest
 import torch
 
-from mtlweight import MGDA, AutoLambda, Equal, Needs, SLGrad, weighting
+from mtlweight import MGDA, AutoLambda, Equal, SLGrad
 from tests.engines.zoo import close
 from tests.optimizer.problems import DEVICES, same
-from tests.optimizer.registered import Rounded, cases, combined, engines_of, scaled, tasks_of, wrapped
+from tests.optimizer.registered import (
+    TASKS,
+    Rounded,
+    combined,
+    engines_of,
+    every_engine,
+    every_weighting,
+    scaled,
+    statistics,
+    tasks_of,
+    wrapped,
+)
 
 LOW = [torch.bfloat16, torch.float16]
-TASKS = ("0", "1")
 every_device = pytest.mark.parametrize("device", DEVICES)
-every_weighting = pytest.mark.parametrize("case", cases.values(), ids=cases)
-every_engine = pytest.mark.parametrize("engine", ["rows", "batched", "samples", "forward", "pullback", "features"])
 every_use = pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "parameters"])
 
 
 def lowered(tasks, low, autocast, **options):
     """A problem in low precision: under autocast, or with parameters of that dtype."""
     return Rounded(tasks, low, torch.float32 if autocast else low, autocast=autocast, **options)
-
-
-def statistics(p, engine, scale=1.0, reference_scale=1.0):
-    """What a weighting sees that reads everything that the engine can measure."""
-    seen = {}
-
-    @weighting(Needs.GRAMIAN if engine == "features" else ~Needs.NOTHING)
-    def reads(view):
-        if engine != "features":
-            seen.update(losses=view.sample_losses, jacobian=view.jacobian, alignment=view.sample_alignment)
-        seen.update(gramian=view.gramian)
-        return torch.ones_like(view.gramian[0])
-
-    optimizer = wrapped(p, reads, engine=engine)
-    losses = {task: scaled(loss, scale) for task, loss in p.samples().items()}
-    given = losses if engine == "pullback" else lambda: {t: scaled(loss, scale) for t, loss in p.samples().items()}
-    optimizer.combine(given, reference=lambda: scaled(p.reference(), reference_scale))
-    return seen
 
 
 # What is measured
@@ -85,31 +76,29 @@ def whole(p, scale):
     return lambda: {t: scaled(x, scale) for t, x in p.samples().items()}
 
 
+def plainly(p):
+    return {}
+
+
 ROUTES = {
-    "rows": (MGDA(), whole, {}),
-    "rows of parts": (MGDA(), halves, {}),
-    "sums of parts": (Equal(), halves, {}),
-    "unweighted heads": (Equal(), whole, {"heads": "unweighted"}),
-    "unweighted heads of parts": (Equal(), halves, {"heads": "unweighted"}),
-    "outer parameters": (Equal(), whole, {"outer": ["1"]}),
-    "the reference's own gradient": (SLGrad("0", learn_reference=True) >> MGDA(), whole, {}),
-    "a step ahead": (AutoLambda("0", step_size=1.0), whole, {}),
+    "rows": (MGDA(), whole, plainly),
+    "rows of parts": (MGDA(), halves, plainly),
+    "sums of parts": (Equal(), halves, plainly),
+    "unweighted heads": (Equal(), whole, lambda p: {"heads": "unweighted"}),
+    "unweighted heads of parts": (Equal(), halves, lambda p: {"heads": "unweighted"}),
+    "outer parameters": (Equal(), whole, lambda p: {"outer": p.model.heads["1"]}),
+    "the reference's own gradient": (SLGrad("0", learn_reference=True) >> MGDA(), whole, plainly),
+    "a step ahead": (AutoLambda("0", step_size=1.0), whole, plainly),
 }
 
 
 @every_device
-@pytest.mark.parametrize(("weighting", "give", "options"), ROUTES.values(), ids=ROUTES)
-def test_what_combine_differentiates_itself_is_not_too_small_for_float16(weighting, give, options, device):
+@pytest.mark.parametrize(("weighting", "losses", "options"), ROUTES.values(), ids=ROUTES)
+def test_what_combine_differentiates_itself_is_not_too_small_for_float16(weighting, losses, options, device):
     def run(scale):
         p = Rounded(TASKS, torch.float16, autocast=True, device=device)
-        more = {"outer": p.model.heads["1"]} if "outer" in options else options
-        optimizer = wrapped(p, weighting, lr=0.1 / scale, **more)
-        reference = (
-            (lambda: scaled(p.samples(50)["0"] + p.samples(50)["1"], scale))
-            if weighting.reference or "outer" in options
-            else None
-        )
-        scalar = optimizer.combine(give(p, scale), reference=reference)
+        optimizer = wrapped(p, weighting, lr=0.1 / scale, **options(p))
+        scalar = optimizer.combine(losses(p, scale), reference=lambda: scaled(sum(p.samples(50).values()), scale))
         (scalar / scale).backward()
         optimizer.step()
         return [optimizer.report.weights, *p.gradients().values()]
@@ -121,20 +110,20 @@ def test_what_combine_differentiates_itself_is_not_too_small_for_float16(weighti
 # The step
 
 
-def taken(case, p, steps=2, scale=1.0, loss_scale=1.0, **options):
-    """Weights and gradients of some steps, and the state after them. The loss scale is taken back by the scaler."""
+def taken(case, p, steps=2, scale=1.0, loss_scale=1.0, reference_scale=1.0, **options):
+    """Weights and gradients of some steps. The loss scale is taken back by the scaler."""
     optimizer = wrapped(p, case.weighting, **options)
     scaler = torch.amp.GradScaler(p.device, init_scale=loss_scale, enabled=loss_scale != 1)
     found = []
     for k in range(steps):
-        scaler.scale(combined(optimizer, p, k, scale)).backward()
+        scaler.scale(combined(optimizer, p, k, scale, reference_scale)).backward()
         scaler.unscale_(optimizer)
         gradients = {name: g for name, g in p.gradients().items() if g is not None}
         scaler.step(optimizer)
         scaler.update()
         flat = torch.cat([g.flatten() for g in gradients.values()])
         found.append((optimizer.report.weights, flat.double()))
-    return found, optimizer.state_dict()
+    return found
 
 
 def distances(found, expected):
@@ -149,27 +138,38 @@ def distances(found, expected):
 def test_weights_and_gradients_of_low_precision_are_those_of_float32_within_the_dtypes_rounding(case, low, device):
     # What rounding may do is what a change of all numbers by four roundings does to the float32 run.
     eps, tasks = torch.finfo(low).eps, tasks_of(case)
-    for autocast in (True, False):
-        # Tiny losses, which float16 needs a scaler for, at a loss scale that such a scaler would arrive at; and a step
-        # that is as long all the same, for those that look at the losses after it.
-        power = 16 * (1 + (case.weighting.traits.scale_degree or 0))
-        tiny = {"scale": 2.0**-16, "loss_scale": 2.0 ** (power - 6), "lr": 0.1 * 2.0**power}
-        options = tiny if autocast and low == torch.float16 else {}
-        exact, _ = taken(case, Rounded(tasks, low, device=device), **options)
-        noisy = [taken(case, Rounded(tasks, low, device=device, noise=4 * eps, seed=s), **options)[0] for s in (1, 2)]
-        noise = torch.stack([distances(run, exact) for run in noisy]).amax(dim=0)
+    # Tiny losses, which float16 needs a scaler for, at a loss scale that such a scaler would arrive at; and a step that
+    # is as long all the same where it can be, for those that look at the losses after it.
+    use, degree = case.weighting.reference, case.weighting.traits.scale_degree
+    power = 16 * (1 + (degree or 0))
+    tiny = {"scale": 2.0**-16, "loss_scale": 2.0 ** (power - 6), "lr": 0.1 if degree is None else 0.1 * 2.0**power}
+    tiny["reference_scale"] = 2.0**-16 if use and use.learn else 1.0
+
+    @functools.cache
+    def plain(scaling):
+        options = tiny if scaling else {}
+        exact, *noisy = (
+            taken(case, Rounded(tasks, low, device=device, noise=noise * eps, seed=seed), **options)
+            for seed, noise in enumerate((0, 4, 4))
+        )
         sizes = distances(exact, [[0 * value for value in step] for step in exact])
-        for engine in engines_of(case.weighting):
-            found, _ = taken(case, lowered(tasks, low, autocast, device=device), engine=engine, **options)
-            assert (distances(found, exact) <= 3 * noise + 4 * eps * sizes).all(), (engine, autocast)
+        return exact, 3 * torch.stack([distances(run, exact) for run in noisy]).amax(dim=0) + 4 * eps * sizes
+
+    for autocast in (True, False):
+        scaling = autocast and low == torch.float16
+        exact, bounds = plain(scaling)
+        for engine in engines_of(case.weighting) if autocast else ["auto"]:
+            p = lowered(tasks, low, autocast, device=device)
+            found = taken(case, p, engine=engine, **(tiny if scaling else {}))
+            assert (distances(found, exact) <= bounds).all(), (engine, autocast)
 
 
 # Loss scales
 
 
-@pytest.mark.parametrize("low", [None, torch.bfloat16], ids=["float32", "bfloat16 autocast"])
+@pytest.mark.parametrize(("low", "power"), [(None, 24), (torch.bfloat16, 11)], ids=["float32", "bfloat16 autocast"])
 @every_weighting
-def test_a_loss_scale_scales_the_gradient_alone_and_leaves_weights_state_and_step_as_they_are(case, low):
+def test_a_loss_scale_scales_the_gradient_alone_and_leaves_weights_state_and_step_as_they_are(case, low, power):
     def run(scale):
         p = Rounded(tasks_of(case), low or torch.float32, autocast=low is not None)
         optimizer, gradients = wrapped(p, case.weighting), []
@@ -183,13 +183,12 @@ def test_a_loss_scale_scales_the_gradient_alone_and_leaves_weights_state_and_ste
         return gradients, optimizer, p.parameters()
 
     plain, optimizer, parameters = run(1.0)
-    for power in (9, 24):
-        scaled_, other, others = run(2.0**power)
-        back = [{name: None if g is None else g / 2.0**power for name, g in step.items()} for step in scaled_]
-        assert same(back, plain)  # powers of two are exact
-        assert same(other.state_dict(), optimizer.state_dict())
-        assert same(other.report.weights, optimizer.report.weights)
-        assert same(others, parameters)
+    large, other, others = run(2.0**power)
+    back = [{name: None if g is None else g / 2.0**power for name, g in step.items()} for step in large]
+    assert same(back, plain)  # powers of two are exact
+    assert same(other.state_dict(), optimizer.state_dict())
+    assert same(other.report.weights, optimizer.report.weights)
+    assert same(others, parameters)
 
 
 def everything(optimizer, p):
