@@ -4,6 +4,7 @@
 end, and leaves what it arrived at there.
 """
 
+import functools
 import io
 import sys
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -40,7 +41,7 @@ from mtlweight import (
 )
 from mtlweight.causal import Balance, Decorrelation, Invariance, Sparsity, warmup
 from tests.causal.problems import Problem as CausalProblem
-from tests.optimizer.problems import Problem, step
+from tests.optimizer.problems import Problem
 from tests.registry import CASES
 
 HALF = 3
@@ -80,14 +81,17 @@ class Training:
             torch.optim.Adam(self.model.parameters(), lr=0.01), weighting, shared=self.problem.encoder, model=self.model
         )
 
+    def combined(self, k: int) -> Tensor:
+        """The weighted losses of batch ``k``."""
+        tasks = [task for task in self.problem.tasks if k != HALF - 1 or task not in self.absent]
+        losses = functools.partial(self.problem.samples, k, tasks)
+        return self.optimizer.combine(losses, reference=functools.partial(self.problem.reference, k + 50))
+
     def run(self, first: int, last: int) -> None:
         for k in range(first, last):
-            tasks = [task for task in self.problem.tasks if k != HALF - 1 or task not in self.absent]
-            losses, reference = (
-                (lambda k=k, t=tasks: self.problem.samples(k, t)),
-                (lambda k=k: self.problem.reference(k + 50)),
-            )
-            step(self.optimizer, losses, reference=reference)
+            self.optimizer.zero_grad()
+            self.combined(k).backward()
+            self.optimizer.step()
 
     def parts(self) -> dict:
         """What ``torch.distributed.checkpoint`` saves, and fills in place: as in docs/optimizer.md."""
@@ -139,10 +143,10 @@ class Causal(Training):
             outer=selector.logits,
         )
 
-    def run(self, first: int, last: int) -> None:
-        for k in range(first, last):
-            losses, reference = (lambda k=k: self.problem.losses(k=k)), (lambda k=k: self.problem.losses(k=k + 50)["a"])
-            step(self.optimizer, losses, reference=reference, environments=3)
+    def combined(self, k: int) -> Tensor:
+        return self.optimizer.combine(
+            lambda: self.problem.losses(k=k), reference=lambda: self.problem.losses(k=k + 50)["a"], environments=3
+        )
 
 
 def registered(case, seed: int = 0) -> Training:

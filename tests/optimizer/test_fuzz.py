@@ -183,10 +183,11 @@ class ByHand:
         return copy.deepcopy({"model": self.model.state_dict(), "inner": self.inner.state_dict(), "counts": counts})
 
     def load(self, saved):
+        saved = copy.deepcopy(saved)  # a bare optimizer goes on with the very tensors that it loads
         self.model.load_state_dict(saved["model"])
         self.inner.load_state_dict(saved["inner"])
         self.pending, self.report = None, None
-        for name, value in copy.deepcopy(saved["counts"]).items():
+        for name, value in saved["counts"].items():
             setattr(self, name, value)
 
 
