@@ -33,22 +33,30 @@ Runs = list[dict[str, Any]]
 """Named numbers of each method, one mapping a seed."""
 
 
+ROWS = {
+    "ordinary training, a module sees one half": "modules see one half each: multi-task",
+    "MT-CRL, a module sees one half": "modules see one half each: MT-CRL",
+    "MT-CRL, a module sees both halves": "MT-CRL",
+}
+
+
 @mpl.rc_context(STYLE)
 def graphs(path: Path, run: Mapping[str, Mapping[str, Any]]) -> None:
-    """Saves heat maps of one seed's graph over training, ordinary training above MT-CRL."""
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
-    head, *rows = figure.subfigures(3, height_ratios=[0.14, 1, 1])
-    title = "Which task reads which module. With the penalties, task a turns away from the modules that see b's digit."
-    head.text(0.01, 0.3, title, size=15, weight="bold")
-    for part, method, name in zip(rows, ("multi-task", "MT-CRL"), ("ordinary training", "MT-CRL"), strict=True):
+    """Saves heat maps of one seed's graph over training, a row a method."""
+    figure = Figure(figsize=(13, 7.6), layout="constrained")
+    head, *parts = figure.subfigures(1 + len(ROWS), height_ratios=[0.16, *[1] * len(ROWS)])
+    title = "Each task finds its modules. With the penalties, task a reads those that see b's digit less."
+    head.text(0.01, 0.3, title, size=16, weight="bold")
+    for part, (name, method) in zip(parts, ROWS.items(), strict=True):
         _row(part, run[method], name)
     _save(figure, path)
 
 
 def _row(part: SubFigure, numbers: Mapping[str, Any], name: str) -> None:
-    looks = numbers["modules look right"]
+    part.suptitle(name, x=0.01, ha="left", size=13, weight="bold")
+    looks, snapshots = numbers["modules look right"], numbers["graphs"]
     order = sorted(range(len(looks)), key=looks.__getitem__)
-    snapshots = numbers["graphs"]
+    names = ["sees a" if looks[k] < 0.01 else "sees b" if looks[k] > 0.99 else "both" for k in order]
     for i, (axes, graph) in enumerate(zip(part.subplots(1, len(snapshots)), snapshots, strict=True)):
         values = torch.tensor(graph)[:, order]
         axes.imshow(values.numpy(), cmap=BLUES, vmin=0, vmax=1, aspect="auto")
@@ -56,11 +64,9 @@ def _row(part: SubFigure, numbers: Mapping[str, Any], name: str) -> None:
             for k, value in enumerate(row):
                 axes.text(k, t, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.6 else "black")
         axes.set_yticks([0, 1], ["task a", "task b"] if i == 0 else ["", ""])
-        axes.set_xticks(range(len(order)), [f"{looks[k]:.0%}" for k in order])
+        axes.set_xticks(range(len(order)), names, size=10, color=GREY)
         axes.tick_params(length=0)
-        step = numbers["steps"] * i // (len(snapshots) - 1)
-        axes.set_title(f"{name}, step {step}" if i == 0 else f"step {step}", loc="left")
-    part.supxlabel("modules, by how much of what they look at, in the end, is on b's side", size=11, color=GREY)
+        axes.set_title(f"step {numbers['steps'] * i // (len(snapshots) - 1)}", loc="left", size=11, color=GREY)
 
 
 @mpl.rc_context(STYLE)
