@@ -4,6 +4,7 @@ from mtlweight.engines._again import look_again, snapshot
 from mtlweight.engines._batch import ENGINES, Batch, Plan
 from mtlweight.engines._parts import Parts, parameters, parts
 from mtlweight.engines._precision import full_precision
+from mtlweight.engines._processes import Processes, local
 from mtlweight.engines._read import read
 from mtlweight.engines.features import Capture
 
@@ -13,7 +14,9 @@ __all__ = [
     "Capture",
     "Parts",
     "Plan",
+    "Processes",
     "full_precision",
+    "local",
     "look_again",
     "parameters",
     "parts",

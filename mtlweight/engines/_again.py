@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtlweight._statistics import Given
 from mtlweight.engines import _losses
+from mtlweight.engines._processes import Layout
 
 if TYPE_CHECKING:
     from mtlweight.engines._batch import Plan
@@ -44,12 +45,20 @@ def look_again(closure: Callable[[], Any], plan: Plan, rewind: Callable[[], None
         rewind: puts the random state back to what it was before the first evaluation.
         tasks: the tasks to keep.
     """
-    restore = snapshot(plan.modules)
-    rewind()
-    try:
-        with torch.no_grad():
-            losses = plan.named(closure(), graph=False)
-    finally:
-        restore()
+
+    def again() -> dict[str, Tensor]:
+        restore = snapshot(plan.modules)
+        rewind()
+        try:
+            with torch.no_grad():
+                return plan.named(closure(), graph=False)
+        finally:
+            restore()
+
+    if plan.processes is None:
+        losses, masks = again(), plan.masks
+    else:
+        mine, layout = Layout.of(plan, again, lambda losses: losses)
+        losses, masks = layout.masked(mine, plan.masks)
     stacked = _losses.stack({task: losses[task] for task in tasks})
-    return Given(losses=stacked, tasks=tasks, shares=_losses.shares(stacked, tasks, plan.masks))
+    return Given(losses=stacked, tasks=tasks, shares=_losses.shares(stacked, tasks, masks))
