@@ -126,7 +126,7 @@ class Plan:
                 f"{self.name} reads {what}, but no shared parameter requires grad: expected at least one, found none. "
                 "Unfreeze some."
             )
-        expect_whole(self.shared, f"{self.name} reads {what}")
+        expect_whole(self.trainable, f"{self.name} reads {what}")
         return self.shared
 
 
@@ -146,8 +146,6 @@ class Reference:
         if plan.use is not None or Needs.ALIGNMENT in plan.weighting.needs:  # else the outer parameters alone learn
             shared = trainable if use.scope == "all" else {id(p) for p in plan.shared_for("the alignment")}
         allowed = shared | trainable if use.scope == "main" and shared else shared
-        if use.scope != "shared" or outer:
-            expect_whole(plan.trainable, f"{plan.name} takes gradients of a reference")
         total: dict[Tensor, Tensor] = {}
 
         def add(share: float, loss: Tensor) -> None:

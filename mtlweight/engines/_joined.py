@@ -17,7 +17,7 @@ from mtlweight.engines import _losses
 from mtlweight.engines._batch import Batch, Plan, Reference
 from mtlweight.engines._graph import leaves
 from mtlweight.engines._inject import inject_known
-from mtlweight.engines._processes import Layout, Processes
+from mtlweight.engines._processes import Layout, Processes, sharded
 from mtlweight.engines._rows import Rows, row_dtype
 
 
@@ -116,7 +116,9 @@ class Joined(Batch):
         return inject_known(value, [(p, torch.zeros_like(p)) for p in self._touched()])
 
     def _touched(self) -> list[Tensor]:
-        return leaves(self._all._losses.values()) or self._plan.trainable
+        # Sharded parameters are not in the graph, and no other process waits for them.
+        mine = [] if sharded(self._plan.trainable) else leaves(self._all._losses.values())
+        return mine or self._plan.trainable
 
     def _own(self, coefficients: Tensor | None) -> Tensor | None:
         """The part's coefficients for those of the whole batch."""

@@ -340,7 +340,7 @@ def expect_whole(tensors: Iterable[Tensor], reader: str) -> None:
     """Raises for sharded parameters: the losses' graph has other tensors in their place."""
     if sharded(tensors):
         raise MTLWeightError(
-            f"{reader}, but the parameters are sharded over processes: fully_shard computes with gathered copies that "
-            "it frees again, of which no gradient can be asked. Expected whole parameters, found DTensors. Use "
+            f"{reader}, but the parameters are sharded: the losses' graph has gathered copies in their place, whose "
+            "gradients cannot be asked for one by one. Expected whole parameters, found DTensors. Use "
             "DistributedDataParallel, a weighting that reads losses alone, or engine='features'."
         )

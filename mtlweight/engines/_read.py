@@ -18,6 +18,7 @@ from mtlweight.engines._batch import Batch, Plan, Reference
 from mtlweight.engines._evaluate import evaluated
 from mtlweight.engines._joined import Joined
 from mtlweight.engines._micro import MicroBatches
+from mtlweight.engines._processes import expect_whole
 
 
 def read(losses: Any, reference: Any, plan: Plan) -> Batch:
@@ -47,6 +48,8 @@ def read(losses: Any, reference: Any, plan: Plan) -> Batch:
 def _read(losses: Any, reference: Any, plan: Plan) -> Batch:
     # Before the losses, if the weighting has announced that it compares; else if and when it does so all the same.
     compared = Needs.ALIGNMENT in plan.needs
+    if compared or plan.outer:
+        expect_whole(plan.trainable, f"{plan.name} takes the gradient of a reference")
     plan.stamp = {**plan.stamp, "reference": "one" if reference is not None else "none"}
     # Where it is missing in some processes alone, these learn of it in the exchange of its gradient.
     expected = plan.processes is not None and (compared or bool(plan.outer))

@@ -1,15 +1,370 @@
 """What the processes run: all of it in one set of processes, since starting them takes longer than the rest."""
 
-from mtlweight import DWA, FAMO, L2RW, MGDA, RLW, UW, GradDrop, GradientCosine, NashMTL, PCGrad, SLGrad, UPGrad
-from tests.distributed.training import Run
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from mtlweight import (
+    DWA,
+    FAMO,
+    L2RW,
+    MGDA,
+    OLAUX,
+    RLW,
+    UW,
+    CAGrad,
+    Equal,
+    GradDrop,
+    GradientCosine,
+    MultiTaskOptimizer,
+    NashMTL,
+    PCGrad,
+    SLGrad,
+    UPGrad,
+)
+from tests.distributed.training import Run, Training, on_cpu
 from tests.registry import CASES
 
-PARITY = {repr(case.weighting): Run(case.weighting, tasks=3 if 3 in case.tasks else case.tasks[0]) for case in CASES}
+
+def small(losses, view, environments):
+    """A penalty on the tasks' mean losses."""
+    return 0.1 * sum(loss.mean() for loss in losses.values())
+
+
+def variants():
+    """One weighting a level at least, in each way to give the losses."""
+    chain = SLGrad("0") >> PCGrad()
+    for w in (UW(), FAMO(), PCGrad(), GradDrop(), GradientCosine("0"), OLAUX("0", step_size=0.5, horizon=1)):
+        yield f"{w!r}, scalar losses", Run(w, scalars=True)
+    for w in (DWA(), UPGrad(), GradDrop(), SLGrad("0"), chain):
+        yield f"{w!r}, masks", Run(w, masked={1: ("1",)})
+        yield f"{w!r}, one process without labels", Run(w, masked={0: ("0", "1", "2")})
+    for w in (DWA(), CAGrad(), GradDrop(), L2RW(), chain):
+        yield f"{w!r}, a task absent in one process", Run(w, absent={0: ("2",)}, dynamic=True)
+    yield "UW(), scalar losses, a task absent in one process", Run(UW(), scalars=True, absent={0: ("2",)}, dynamic=True)
+    yield "MGDA(), scalar losses, tasks absent", Run(MGDA(), scalars=True, absent={0: ("2",), 1: ("0",)}, dynamic=True)
+    yield "MGDA(), a task absent everywhere", Run(MGDA(), absent=dict.fromkeys(range(4), ("2",)), dynamic=True)
+    for w in (UW(), MGDA(), SLGrad("0"), SLGrad("0", lookahead=True, samples_at="ahead"), chain):
+        yield f"{w!r}, parts", Run(w, given="parts", masked={1: ("1",)})
+    for w in (UW(), MGDA(), GradDrop(), SLGrad("0", learn_reference=True)):
+        yield f"{w!r}, Adam, even", Run(w, adam=True, uneven=False, steps=5)
+    for engine in ("batched", "samples", "features"):
+        yield f"MGDA(), {engine}", Run(MGDA(), options={"engine": engine, "model": "model"})
+    yield "SLGrad() >> PCGrad(), features", Run(chain, options={"engine": "features"})
+    for engine in ("forward", "pullback", "rows", "samples"):
+        yield f"SLGrad(), {engine}", Run(SLGrad("0", scope="all"), options={"engine": engine})
+    yield "L2RW(), computed losses", Run(L2RW(), given="computed")
+    for w in (UW(), PCGrad(), SLGrad("0")):
+        yield f"{w!r}, unweighted heads", Run(w, options={"heads": "unweighted"})
+        yield f"{w!r}, outer", Run(w, options={"outer": "bias"})
+    yield "UW(), a penalty", Run(UW(), uneven=False, options={"penalty": small})
+    yield "MGDA(), a penalty", Run(MGDA(), uneven=False, options={"penalty": small})
+
+
+def parity(count):
+    """What is to be the same in one process and in several."""
+    found = {repr(case.weighting): Run(case.weighting, 3 if 3 in case.tasks else case.tasks[0]) for case in CASES}
+    if count > 2:  # every weighting with two processes, every level with more
+        levels = (UW(), FAMO(), RLW(), MGDA(), PCGrad(), NashMTL(), GradDrop(), SLGrad("0"), L2RW())
+        found = {repr(w): found[repr(w)] for w in levels}
+    return {**found, **dict(variants())}
+
 
 SCENARIOS = {}
 
 
 def scenario(function):
-    """A function of ``(count, rank, device)`` that is run in each process, and what it returns is sent back."""
+    """A function of ``count``, ``rank`` and ``device``, run in each process; what it returns is sent back."""
     SCENARIOS[function.__name__] = function
     return function
+
+
+def message(work):
+    """How it failed."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+class Spoilt(Training):
+    """In the last process the loss of task 1 is not finite in the second batch."""
+
+    def samples(self, k, columns, tasks):
+        found = super().samples(k, columns, tasks)
+        if k == 1:
+            last = self.columns[-1].start - columns.start
+            found["1"] = torch.where(torch.arange(len(found["1"]), device=self.device) < last, found["1"], torch.nan)
+        return found
+
+
+SPOILT = {
+    f"{policy}: {weighting!r}": Run(weighting, steps=3, options={"on_nonfinite": policy})
+    for policy in ("skip", "drop")
+    for weighting in (UW(), MGDA(), SLGrad("0"))
+}
+
+
+@scenario
+def spoilt(count, rank, device):
+    return {name: Spoilt(run, count, rank, device=device).train() for name, run in SPOILT.items()}
+
+
+@scenario
+def spoilt_and_raised(count, rank, device):
+    training = Spoilt(Run(MGDA()), count, rank, device=device)
+    before = training.train(steps=1)
+    return before, message(lambda: training.step(1)), training.everything(), training.train(steps=1, start=2)
+
+
+class Singular(Training):
+    """In the last process the gradient of task 1 is not finite in the second batch, though the loss is."""
+
+    def samples(self, k, columns, tasks):
+        found = super().samples(k, columns, tasks)
+        if k == 1:
+            last = self.columns[-1].start - columns.start
+            later = torch.arange(len(found["1"]), device=self.device) >= last
+            found["1"] = found["1"] + torch.where(later, (found["1"] * 0).sqrt(), 0.0)
+        return found
+
+
+@scenario
+def singular(count, rank, device):
+    runs = {name: run for name, run in SPOILT.items() if "SLGrad" not in name}
+    return {name: Singular(run, count, rank, device=device).train() for name, run in runs.items()}
+
+
+@scenario
+def all_absent(count, rank, device):
+    """The second batch has no label at all."""
+    training = Training(Run(UW(), scalars=True), count, rank, device=device)
+    values = [training.step(k, losses=lambda k=k: training.losses(k) if k != 1 else dict.fromkeys("012")) for k in (0, 2)]
+    scalar = training.combine(1, losses=dict.fromkeys("012"))
+    scalar.backward()
+    training.optimizer.step()
+    return training.everything(values=values)
+
+
+@scenario
+def one_fails(count, rank, device):
+    """Each call fails in the last process alone: what the others hear, and the step that all take then."""
+    messages = {}
+    for name, run, part in (
+        ("losses", Run(UW()), "losses"),
+        ("reference", Run(SLGrad("0")), "reference"),
+        ("rows", Run(MGDA()), "rows"),
+    ):
+        training = Training(run, count, rank, device=device)
+        training.step(0)
+        before = on_cpu(training.model.state_dict())
+
+        def fail(*_):
+            raise RuntimeError("out of order")
+
+        if rank == count - 1:
+            if part == "rows":
+                losses = {t: loss * 1 for t, loss in training.losses(1).items()}
+                losses["1"].register_hook(fail)
+                options = {"losses": losses}
+            else:
+                options = {part: fail} if part == "reference" else {"losses": fail}
+        else:
+            options = {}
+        heard = message(lambda training=training, options=options: training.combine(1, **options))
+        same = all(torch.equal(a, b) for a, b in zip(before.values(), on_cpu(training.model.state_dict()).values()))
+        messages[name] = heard, same, training.train(steps=1, start=1)
+    return messages
+
+
+@scenario
+def unlike(count, rank, device):
+    """Calls that differ between processes."""
+    found = {}
+    training = Training(Run(UW()), count, rank, device=device)
+    scalar = {t: loss.mean() for t, loss in training.losses(0).items()}
+    found["kinds"] = message(lambda: training.combine(0, losses=scalar if rank else None))
+    training = Training(Run(SLGrad("0")), count, rank, device=device)
+    found["no reference in one"] = message(lambda: training.combine(0, **({"reference": None} if rank else {})))
+    training = Training(Run(UW()), count, rank, device=device)
+    found["a reference in one"] = message(
+        lambda: training.combine(0, reference=(lambda: training.reference(0)) if rank else None)
+    )
+    other = Training(Run(UW(), options={"seed": rank}), count, rank, device=device)
+    found["seeds"] = message(lambda: other.combine(0))
+    return found
+
+
+@scenario
+def not_averaged(count, rank, device):
+    training = Training(Run(UW()), count, rank, device=device, averaged=False)
+    before = on_cpu(training.model.state_dict())
+    heard = message(lambda: training.step(0))
+    return heard, all(torch.equal(a, b) for a, b in zip(before.values(), on_cpu(training.model.state_dict()).values()))
+
+
+@scenario
+def each_by_itself(count, rank, device):
+    run = Run(SLGrad("0") >> MGDA(), options={"process_group": None})
+    return Training(run, count, rank, device=device, averaged=False).train()
+
+
+@scenario
+def a_group_of_some(count, rank, device):
+    """The first two processes are one group, and each of the others is by itself."""
+    groups = [dist.new_group([0, 1]), *(dist.new_group([r]) for r in range(2, count))]
+    mine = groups[max(rank - 1, 0)]
+    run = Run(MGDA(), options={"process_group": mine})
+    other = message(lambda: MultiTaskOptimizer(torch.optim.SGD([torch.ones(1)], lr=1.0), UW(), process_group=groups[-1]))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(MultiTaskOptimizer(torch.optim.SGD([torch.ones(1)]), UW(), process_group=mine))))
+    same = copied._record.processes.group is mine
+    training = Training(run, 2 if rank < 2 else 1, min(rank, 1) if rank < 2 else 0, device=device, process_group=mine)
+    return training.train(), same, other
+
+
+@scenario
+def checkpoints(count, rank, device):
+    """Four steps; and two, a checkpoint of the first process that all load, and two more."""
+    found = {}
+    for weighting in (DWA(), UPGrad(), SLGrad("0", lookahead=True), FAMO()):
+        run = Run(weighting, adam=True)
+        whole = Training(run, count, rank, device=device).train(steps=4)
+        first, then = Training(run, count, rank, device=device), Training(run, count, rank, device=device)
+        first.train()
+        file = io.BytesIO()
+        torch.save([first.model.state_dict(), first.optimizer.state_dict()], file)
+        sent = [file.getvalue() if rank == 0 else None]
+        dist.broadcast_object_list(sent)
+        model, optimizer = torch.load(io.BytesIO(sent[0]), weights_only=True)
+        then.model.load_state_dict(model)
+        if rank == 0:
+            then.optimizer.load_state_dict(optimizer)
+        heard = message(lambda then=then: then.combine(2))
+        then.optimizer.load_state_dict(optimizer)
+        found[repr(weighting)] = whole, heard, then.train(steps=2, start=2)
+    return found
+
+
+@scenario
+def copies(count, rank, device):
+    """An optimizer that is copied or pickled goes on to exchange."""
+    training = Training(Run(MGDA()), count, rank, device=device)
+    training.step(0)
+    model, optimizer = pickle.loads(pickle.dumps(copy.deepcopy((training.model, training.optimizer))))
+    return training.optimizer._record.processes == optimizer._record.processes
+
+
+@scenario
+def accumulated(count, rank, device):
+    """Two batches before one step; the gradients of the first wait for those of the second."""
+    training = Training(Run(MGDA()), count, rank, device=device)
+    training.optimizer.zero_grad()
+    with training.forward.no_sync():
+        training.combine(0).backward()
+    training.combine(1).backward()
+    training.optimizer.step()
+    return training.everything()
+
+
+@scenario
+def options_of_ddp(count, rank, device):
+    """Static graphs and buckets that gradients are views of."""
+    return {
+        name: Training(Run(w), count, rank, device=device, **{name.split(",")[0]: True}).train()
+        for w in (UW(), MGDA(), SLGrad("0"))
+        for name in (f"gradient_as_bucket_view, {w!r}", f"static_graph, {w!r}")
+    }
+
+
+class Sharded(Training):
+    """The same with parameters that the processes share out."""
+
+    def __init__(self, run, count, rank, **options):
+        super().__init__(run, count, rank, averaged=False, **options)
+        fully_shard(self.model.encoder)
+        for head in self.model.heads.values():
+            fully_shard(head)
+        fully_shard(self.model)
+        inner = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        options = {**run.options, "shared": self.model.encoder, "model": self.model}
+        self.optimizer = MultiTaskOptimizer(inner, run.weighting, **options)
+
+    def whole(self):
+        return {name: on_cpu(p.full_tensor()) for name, p in self.model.named_parameters()}
+
+
+SHARDED = {
+    repr(weighting): Run(weighting, steps=3, options=options)
+    for weighting, options in ((UW(), {}), (FAMO(), {}), (DWA(), {}), (MGDA(), {"engine": "features"}))
+}
+
+
+@scenario
+def sharded(count, rank, device):
+    found = {}
+    for name, run in SHARDED.items():
+        training = Sharded(run, count, rank, device=device)
+        for k in range(run.steps):
+            training.step(k)
+        found[name] = training.whole()
+    return found
+
+
+@scenario
+def sharded_and_refused(count, rank, device):
+    found = {}
+    for weighting in (MGDA(), GradDrop(), SLGrad("0"), L2RW(), SLGrad("0", replay="official")):
+        training = Sharded(Run(weighting), count, rank, device=device)
+        before = training.whole()
+        heard = message(lambda training=training: training.combine(0))
+        found[repr(weighting)] = heard, all(torch.equal(a, b) for a, b in zip(before.values(), training.whole().values()))
+    return found
+
+
+@scenario
+def sharded_and_not_finite(count, rank, device):
+    """A bad loss, then a gradient that is bad in one process's piece alone."""
+    run = Run(UW(), options={"on_nonfinite": "skip"})
+    training = Sharded(run, count, rank, device=device)
+    training.step(0)
+    before = training.whole()
+    losses = training.losses(1)
+    losses["1"] = losses["1"] * (torch.nan if rank == 0 else 1)
+    training.step(1, losses=losses)
+    after_loss = training.whole()
+    training.optimizer.zero_grad()
+    training.combine(2).backward()
+    if rank == 0:
+        next(p for p in training.model.parameters() if p.grad is not None).grad.to_local().fill_(torch.nan)
+    training.optimizer.step()
+    after_gradient, skipped = training.whole(), training.optimizer.report.skipped
+    training.step(3)
+    return before, after_loss, after_gradient, skipped, training.whole()
+
+
+class Redundant(Training):
+    """The same with an optimizer whose state is shared out."""
+
+    def wrapped(self, inner):
+        if self.rank is None:
+            return inner
+        return ZeroRedundancyOptimizer(self.model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9)
+
+
+@scenario
+def redundant(count, rank, device):
+    found = {}
+    for weighting in (UW(), MGDA(), SLGrad("0")):
+        training = Redundant(Run(weighting, steps=3), count, rank, device=device)
+        for k in range(3):
+            training.step(k)
+        found[repr(weighting)] = on_cpu(training.model.state_dict())
+    ahead = Redundant(Run(SLGrad("0", lookahead=True)), count, rank, device=device)
+    return found, message(lambda: ahead.combine(0))
