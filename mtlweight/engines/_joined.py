@@ -82,6 +82,10 @@ class Joined(Batch):
         batch._keep([self.tasks[i] for i in keep])
         return batch
 
+    def measured(self) -> dict[str, Any]:
+        """What the report keeps."""
+        return {**super().measured(), "own": self._layout.own if self._layout.per_sample else None}
+
     def penalty(self, objective: Callable[..., Tensor], view: View, environments: Any) -> Tensor | None:
         """The objective of this process's losses; their mean over the processes joins the step."""
         mine, told = self._processes.told(
@@ -108,7 +112,7 @@ class Joined(Batch):
                 (p, torch.zeros_like(p)) for p in self._touched() if id(p) not in had
             ]
             scalar = scalar + inject_known(torch.zeros_like(scalar.detach()), rest)
-        return scalar + (means.sum().to(scalar) - scalar.detach())
+        return means.sum().to(scalar) + (scalar - scalar.detach())
 
     def idle(self) -> Tensor:
         """Zero, with a backward that adds zeros to what this process's losses reach."""

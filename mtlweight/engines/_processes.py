@@ -205,7 +205,8 @@ class Processes:
             raise MTLWeightError(
                 f"{self.count} processes weigh their batches as one, and their gradients are to be averaged: expected "
                 "the same gradients in all of them after backward, found others in each. Wrap the model in "
-                "DistributedDataParallel; or pass process_group=None, and each weighs its own batch."
+                "DistributedDataParallel, without static_graph=True where gradients are measured; or pass "
+                "process_group=None, and each weighs its own batch."
             )
 
 

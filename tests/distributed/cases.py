@@ -1,14 +1,12 @@
 """What the processes run: all of it in one set of processes, since starting them takes longer than the rest."""
 
+import contextlib
 import copy
 import io
 import pickle
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from mtlweight import (
     DWA,
@@ -19,20 +17,22 @@ from mtlweight import (
     RLW,
     UW,
     CAGrad,
-    Equal,
     GradDrop,
     GradientCosine,
     MultiTaskOptimizer,
     NashMTL,
+    NonFiniteError,
     PCGrad,
+    SampleWeights,
     SLGrad,
     UPGrad,
 )
-from tests.distributed.training import Run, Training, on_cpu
+from mtlweight.engines import Processes
+from tests.distributed.training import SAMPLES, Run, Training, on_cpu
 from tests.registry import CASES
 
 
-def small(losses, view, environments):
+def small(losses, *_):
     """A penalty on the tasks' mean losses."""
     return 0.1 * sum(loss.mean() for loss in losses.values())
 
@@ -52,11 +52,15 @@ def variants():
     yield "MGDA(), a task absent everywhere", Run(MGDA(), absent=dict.fromkeys(range(4), ("2",)), dynamic=True)
     for w in (UW(), MGDA(), SLGrad("0"), SLGrad("0", lookahead=True, samples_at="ahead"), chain):
         yield f"{w!r}, parts", Run(w, given="parts", masked={1: ("1",)})
+
+
+def options():
+    """Engines, and options of the MultiTaskOptimizer."""
     for w in (UW(), MGDA(), GradDrop(), SLGrad("0", learn_reference=True)):
         yield f"{w!r}, Adam, even", Run(w, adam=True, uneven=False, steps=5)
     for engine in ("batched", "samples", "features"):
         yield f"MGDA(), {engine}", Run(MGDA(), options={"engine": engine, "model": "model"})
-    yield "SLGrad() >> PCGrad(), features", Run(chain, options={"engine": "features"})
+    yield "SLGrad() >> PCGrad(), features", Run(SLGrad("0") >> PCGrad(), options={"engine": "features"})
     for engine in ("forward", "pullback", "rows", "samples"):
         yield f"SLGrad(), {engine}", Run(SLGrad("0", scope="all"), options={"engine": engine})
     yield "L2RW(), computed losses", Run(L2RW(), given="computed")
@@ -72,8 +76,13 @@ def parity(count):
     found = {repr(case.weighting): Run(case.weighting, 3 if 3 in case.tasks else case.tasks[0]) for case in CASES}
     if count > 2:  # every weighting with two processes, every level with more
         levels = (UW(), FAMO(), RLW(), MGDA(), PCGrad(), NashMTL(), GradDrop(), SLGrad("0"), L2RW())
-        found = {repr(w): found[repr(w)] for w in levels}
-    return {**found, **dict(variants())}
+        return {**{repr(w): found[repr(w)] for w in levels}, **dict(variants())}
+    return {**found, **dict(variants()), **dict(options())}
+
+
+def equal(a, b):
+    """Whether all tensors are."""
+    return all(torch.equal(x, y) for x, y in zip(on_cpu(a).values(), on_cpu(b).values(), strict=True))
 
 
 SCENARIOS = {}
@@ -94,15 +103,34 @@ def message(work):
     return None
 
 
-class Spoilt(Training):
-    """In the last process the loss of task 1 is not finite in the second batch."""
+class Bad(Training):
+    """In the last process something is wrong with task 1 in the second batch."""
 
     def samples(self, k, columns, tasks):
         found = super().samples(k, columns, tasks)
         if k == 1:
-            last = self.columns[-1].start - columns.start
-            found["1"] = torch.where(torch.arange(len(found["1"]), device=self.device) < last, found["1"], torch.nan)
+            mine = torch.arange(SAMPLES, device=self.device)[columns] >= self.columns[-1].start
+            found["1"] = torch.where(mine, self.spoil(found["1"]), found["1"])
         return found
+
+    def reduce(self):
+        """DDP gives zeros to the head of a task that was dropped, where one process leaves it alone."""
+        for p in self.model.parameters() if self.rank is None else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+
+class Spoilt(Bad):
+    """Its loss is not finite."""
+
+    def spoil(self, losses):
+        return losses * torch.nan
+
+
+class Singular(Bad):
+    """Its loss is finite, and the gradient is not."""
+
+    def spoil(self, losses):
+        return losses + (losses * 0).sqrt()
 
 
 SPOILT = {
@@ -124,18 +152,6 @@ def spoilt_and_raised(count, rank, device):
     return before, message(lambda: training.step(1)), training.everything(), training.train(steps=1, start=2)
 
 
-class Singular(Training):
-    """In the last process the gradient of task 1 is not finite in the second batch, though the loss is."""
-
-    def samples(self, k, columns, tasks):
-        found = super().samples(k, columns, tasks)
-        if k == 1:
-            last = self.columns[-1].start - columns.start
-            later = torch.arange(len(found["1"]), device=self.device) >= last
-            found["1"] = found["1"] + torch.where(later, (found["1"] * 0).sqrt(), 0.0)
-        return found
-
-
 @scenario
 def singular(count, rank, device):
     runs = {name: run for name, run in SPOILT.items() if "SLGrad" not in name}
@@ -146,7 +162,9 @@ def singular(count, rank, device):
 def all_absent(count, rank, device):
     """The second batch has no label at all."""
     training = Training(Run(UW(), scalars=True), count, rank, device=device)
-    values = [training.step(k, losses=lambda k=k: training.losses(k) if k != 1 else dict.fromkeys("012")) for k in (0, 2)]
+    values = [
+        training.step(k, losses=lambda k=k: training.losses(k) if k != 1 else dict.fromkeys("012")) for k in (0, 2)
+    ]
     scalar = training.combine(1, losses=dict.fromkeys("012"))
     scalar.backward()
     training.optimizer.step()
@@ -179,7 +197,7 @@ def one_fails(count, rank, device):
         else:
             options = {}
         heard = message(lambda training=training, options=options: training.combine(2, **options))
-        same = all(torch.equal(a, b) for a, b in zip(before.values(), on_cpu(training.model.state_dict()).values()))
+        same = equal(before, training.model.state_dict())
         messages[name] = heard, same, training.train(steps=1, start=2)
     return messages
 
@@ -207,13 +225,15 @@ def not_averaged(count, rank, device):
     training = Training(Run(UW()), count, rank, device=device, averaged=False)
     before = on_cpu(training.model.state_dict())
     heard = message(lambda: training.step(0))
-    return heard, all(torch.equal(a, b) for a, b in zip(before.values(), on_cpu(training.model.state_dict()).values()))
+    return heard, equal(before, training.model.state_dict())
+
+
+ALONE = Run(SLGrad("0") >> MGDA(), options={"process_group": None})
 
 
 @scenario
 def each_by_itself(count, rank, device):
-    run = Run(SLGrad("0") >> MGDA(), options={"process_group": None})
-    return Training(run, count, rank, device=device, averaged=False).train()
+    return Training(ALONE, count, rank, device=device, averaged=False).train()
 
 
 @scenario
@@ -252,11 +272,35 @@ def checkpoints(count, rank, device):
 
 @scenario
 def copies(count, rank, device):
-    """An optimizer that is copied or pickled goes on to exchange."""
+    """An optimizer that is copied or pickled goes on to exchange, if it finds its group."""
     training = Training(Run(MGDA()), count, rank, device=device)
     training.step(0)
-    model, optimizer = pickle.loads(pickle.dumps(copy.deepcopy((training.model, training.optimizer))))
-    return training.optimizer._record.processes == optimizer._record.processes
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(training.optimizer)))
+    training.step(1)
+    return copied._record.processes == training.optimizer._record.processes, message(lambda: Processes("no such").group)
+
+
+@scenario
+def a_penalty_fails(count, rank, device):
+    """In the second step the penalty is not finite in the last process alone."""
+
+    def penalty(losses, view, environments):
+        if view.step == 1 and rank == count - 1:
+            raise NonFiniteError("The penalty is not finite.")
+        return small(losses, view, environments)
+
+    run = Run(UW(), uneven=False, options={"penalty": penalty, "on_nonfinite": "skip"})
+    return Training(run, count, rank, device=device).train()
+
+
+@scenario
+def recorded(count, rank, device):
+    """What each process remembers of its own samples."""
+    training, record = Training(Run(SLGrad("0")), count, rank, device=device), SampleWeights()
+    for k in range(2):
+        training.step(k)
+        record.add(training.optimizer.report, torch.arange(SAMPLES)[training.own])
+    return record.table()
 
 
 @scenario
@@ -264,7 +308,7 @@ def accumulated(count, rank, device):
     """Two batches before one step; the gradients of the first wait for those of the second."""
     training = Training(Run(MGDA()), count, rank, device=device)
     training.optimizer.zero_grad()
-    with training.forward.no_sync():
+    with contextlib.nullcontext() if rank is None else training.forward.no_sync():
         training.combine(0).backward()
     training.combine(1).backward()
     training.optimizer.step()
@@ -273,18 +317,18 @@ def accumulated(count, rank, device):
 
 @scenario
 def options_of_ddp(count, rank, device):
-    """Static graphs and buckets that gradients are views of."""
-    return {
-        name: Training(Run(w), count, rank, device=device, **{name.split(",")[0]: True}).train()
-        for w in (UW(), MGDA(), SLGrad("0"))
-        for name in (f"gradient_as_bucket_view, {w!r}", f"static_graph, {w!r}")
-    }
+    """Buckets that gradients are views of; and static graphs, whose first gradients are averaged out of turn."""
+    views = [Training(Run(w), count, rank, device=device, gradient_as_bucket_view=True) for w in (UW(), MGDA())]
+    static = [Training(Run(w), count, rank, device=device, static_graph=True) for w in (UW(), MGDA())]
+    return [*(training.train() for training in (*views, static[0]))], message(static[1].train)
 
 
 class Sharded(Training):
     """The same with parameters that the processes share out."""
 
     def __init__(self, run, count, rank, **options):
+        from torch.distributed.fsdp import fully_shard  # takes long to import, and only the processes need it
+
         super().__init__(run, count, rank, averaged=False, **options)
         fully_shard(self.model.encoder)
         for head in self.model.heads.values():
@@ -322,7 +366,7 @@ def sharded_and_refused(count, rank, device):
         training = Sharded(Run(weighting), count, rank, device=device)
         before = training.whole()
         heard = message(lambda training=training: training.combine(0))
-        found[repr(weighting)] = heard, all(torch.equal(a, b) for a, b in zip(before.values(), training.whole().values()))
+        found[repr(weighting)] = heard, equal(before, training.whole())
     return found
 
 
@@ -353,6 +397,8 @@ class Redundant(Training):
     def wrapped(self, inner):
         if self.rank is None:
             return inner
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when imported
+
         return ZeroRedundancyOptimizer(self.model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9)
 
 

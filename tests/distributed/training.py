@@ -1,5 +1,6 @@
 """Training as several processes do it, and as one process does it on the joined batch."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +82,7 @@ class Training:
             self.forward = DistributedDataParallel(self.model, find_unused_parameters=run.dynamic, **ddp)
         sizes = (UNEVEN if run.uneven else EVEN)[count]
         edges = [sum(sizes[:r]) for r in range(count + 1)]
-        self.columns = [slice(*edge) for edge in zip(edges, edges[1:], strict=False)]
+        self.columns = [slice(*edge) for edge in itertools.pairwise(edges)]
         self.held_out = [slice(r * HELD_OUT // count, (r + 1) * HELD_OUT // count) for r in range(count)]
 
     def wrapped(self, inner):
@@ -91,6 +92,11 @@ class Training:
     def ranks(self):
         """The processes whose data this one has."""
         return range(len(self.columns)) if self.rank is None else [self.rank]
+
+    @property
+    def own(self):
+        """The samples that this process has."""
+        return slice(0, SAMPLES) if self.rank is None else self.columns[self.rank]
 
     def data(self, k):
         random = torch.Generator().manual_seed(1000 + k)
@@ -110,14 +116,14 @@ class Training:
     def losses(self, k):
         """As this process gives them; as the only one, those of the joined batch."""
         if self.rank is not None:
-            found = self.samples(k, self.columns[self.rank], self.tasks_of(self.rank))
+            found = self.samples(k, self.own, self.tasks_of(self.rank))
             found = {t: loss.mean() for t, loss in found.items()} if self.run.scalars else found
             return {t: found.get(t) for t in self.names}
         if self.run.scalars:
             parts = [(r, self.samples(k, self.columns[r], self.tasks_of(r))) for r in self.ranks]
             means = {t: [losses[t].mean() for _, losses in parts if t in losses] for t in self.names}
             return {t: torch.stack(each).mean() if each else None for t, each in means.items()}
-        found = self.samples(k, slice(0, SAMPLES), self.names)
+        found = self.samples(k, self.own, self.names)
         return {t: found[t] if any(t in self.tasks_of(r) for r in self.ranks) else None for t in self.names}
 
     def mask(self):
@@ -131,7 +137,7 @@ class Training:
                 there[t][columns] = False
         if self.run.masked:
             there[self.names[-1]][::3] = False
-        return {t: row if self.rank is None else row[self.columns[self.rank]] for t, row in there.items()}
+        return {t: row[self.own] for t, row in there.items()}
 
     def reference(self, k):
         """The first task's loss on held-out data, the mean over the processes'."""
@@ -151,7 +157,7 @@ class Training:
             options = {"reference": lambda: self.reference(k), **options}
         mask = self.mask()
         if self.run.given == "parts":
-            width = self.columns[self.rank].stop - self.columns[self.rank].start if self.rank is not None else SAMPLES
+            width = self.own.stop - self.own.start
             halves = [slice(0, (width + 1) // 2), slice((width + 1) // 2, width)][: 1 + (width > 1)]
             given = [lambda rows=rows: {t: loss[rows] for t, loss in self.losses(k).items()} for rows in halves]
             mask = None if mask is None else [{t: row[rows] for t, row in mask.items()} for rows in halves]
@@ -164,8 +170,12 @@ class Training:
         self.optimizer.zero_grad()
         scalar = self.combine(k, **options)
         scalar.backward()
+        self.reduce()
         self.optimizer.step()
         return scalar.detach().cpu()
+
+    def reduce(self):
+        """What happens to gradients after the backward, but for DDP."""
 
     def train(self, steps=None, start=0):
         """All steps, then everything that must be the same in all processes."""
@@ -176,7 +186,7 @@ class Training:
         report, own = self.optimizer.report, self.optimizer.state_dict()["mtlweight"]
         found = {
             "parameters": {name: p.detach() for name, p in self.model.named_parameters()},
-            "momentum": [s for s in self.optimizer.optimizer.state_dict()["state"].values()],
+            "momentum": list(self.optimizer.optimizer.state_dict()["state"].values()),
             "state": own["state"],
             "memory": own["memory"],
             "tasks": own["tasks"],
