@@ -28,9 +28,11 @@ from mtlweight.engines import (
     Capture,
     Parts,
     Plan,
+    Processes,
     called,
     deferred,
     full_precision,
+    local,
     look_again,
     parameters,
     parts,
@@ -74,6 +76,8 @@ class _Record:
     seed: int
     penalty: Penalty | None = None
     outer: list[nn.Module | Tensor] = field(default_factory=list)
+    processes: Processes | None = None
+    averaged: bool = False
     step: int = 0
     state: State | None = None
     tasks: tuple[str, ...] = ()
@@ -126,6 +130,10 @@ class MultiTaskOptimizer(Optimizer):
             ``mtlweight.causal.Invariance().on(selector)``.
         outer: parameters of an outer problem (bilevel optimization, first order), like ``shared``: they get the
             gradient of the reference, and of the penalty, instead of the losses'; such as a ``ModuleSelector``'s graph.
+        process_group: the processes whose batches count as one: a ``torch.distributed.ProcessGroup``, or
+            ``"default"``, all of them where ``torch.distributed`` is initialized. The model must be in
+            ``DistributedDataParallel`` or ``fully_shard``, which average the gradients. ``None``: each process weighs
+            its own batch. See docs/optimizer.md.
 
     Raises:
         MTLWeightError: for arguments of another kind.
@@ -144,6 +152,7 @@ class MultiTaskOptimizer(Optimizer):
         seed: int = 0,
         penalty: Penalty | None = None,
         outer: Parts | None = None,
+        process_group: Any = "default",
     ) -> None:
         # Optimizer.__init__ is not called: through the properties below it would wipe the wrapped optimizer's state.
         _expect("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
@@ -158,16 +167,10 @@ class MultiTaskOptimizer(Optimizer):
                 "heads='unweighted' tells heads from shared parameters: expected shared=..., found None. Pass the "
                 "shared parameters to MultiTaskOptimizer."
             )
-        count = torch.distributed.get_world_size() if _distributed() else 1
-        if count > 1 and weighting.needs:
-            warnings.warn(
-                f"mtlweight: one of {count} processes weighs its own batch by {weighting!r}: weights and state differ "
-                "between them. See docs/optimizer.md, Several processes.",
-                stacklevel=2,
-            )
         common = None if shared is None else parts("shared", shared)
         self._record = _Record(optimizer, weighting, common, model, engine, heads, on_nonfinite, seed, penalty)
         self._record.outer = [] if outer is None else parts("outer", outer)
+        self._record.processes = Processes.of(process_group)
         self._watch()
 
     # The wrapped optimizer's own, by reference at each access: `load_state_dict` and schedulers rebind them.
@@ -266,12 +269,13 @@ class MultiTaskOptimizer(Optimizer):
                 "ones. Pass combine(lambda: losses(model, batch))."
             )
         dropped: tuple[str, ...] = ()
+        batch: Batch | None = None
         try:
             batch = read(losses, reference, plan)
             tasks = tuple(dict.fromkeys((*start.tasks, *batch.tasks)))
             while True:
                 if not batch.tasks:
-                    return self._skip(start, dropped)
+                    return self._skip(start, dropped, batch)
                 view = plan.view(batch)
                 try:
                     batch.losses()
@@ -283,11 +287,11 @@ class MultiTaskOptimizer(Optimizer):
                         raise
                     dropped += error.tasks
                     batch = batch.without(error.tasks)
-            penalty = None if objective is None else objective(batch.graphs, view, environments)
+            penalty = None if objective is None else batch.penalty(objective, view, environments)
         except NonFiniteError:
             if r.on_nonfinite == "raise":
                 raise
-            return self._skip(start, dropped)
+            return self._skip(start, dropped, batch)
         writes = r.weighting.writes
         scalar = batch.combined(weights, writes, penalty)
         report = Report(step=r.step + 1, weights=weights, writes=writes, notes=view.notes, **batch.measured())
@@ -423,6 +427,8 @@ class MultiTaskOptimizer(Optimizer):
             memory={**start.memory},
             state=start.state,
             view=lambda batch: View(batch, step=r.step, seed=r.seed),
+            processes=None if r.processes is None else r.processes.active,
+            stamp={"step": r.step, "seed": r.seed, "tasks": r.tasks},
             broken=r.broken,
             warn=self._fall_back,
         )
@@ -452,22 +458,28 @@ class MultiTaskOptimizer(Optimizer):
             )
 
     def _gradients_are_finite(self) -> bool:
-        having = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        values = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in having]
-        if all_finite(values):
+        r = self._record
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        having = [p for p in parameters if p.grad is not None]
+        values, processes = local([p.grad for p in having]), r.processes and r.processes.active
+        finite = all_finite(values)
+        if finite if processes is None else processes.agree(finite, parameters):
+            if processes is not None and not r.averaged:
+                processes.expect_averaged(values, parameters)
+                r.averaged = True
             return True
-        if self._record.on_nonfinite == "raise":
-            bad = next(p for p, g in zip(having, values, strict=True) if not g.isfinite().all())
+        if r.on_nonfinite == "raise":
+            bad = [p for p, g in zip(having, values, strict=True) if not g.isfinite().all()]
+            where = called(bad[0], self._modules(), self.param_groups) if bad else "another process's part of one"
             raise NonFiniteError(
                 "A gradient is not finite after backward: expected finite numbers, found NaN or infinity for "
-                f"{called(bad, self._modules(), self.param_groups)}. The step was not taken. Look at the batch, or "
-                "choose on_nonfinite='skip'."
+                f"{where}. The step was not taken. Look at the batch, or choose on_nonfinite='skip'."
             )
         return False
 
-    def _skip(self, start: _Pending, dropped: tuple[str, ...]) -> Tensor:
+    def _skip(self, start: _Pending, dropped: tuple[str, ...], batch: Batch | None) -> Tensor:
         self._record.pending = replace(start, dropped=start.dropped + dropped, skip=True)
-        return Batch({}, self._plan(start)).idle()
+        return (batch or Batch({}, self._plan(start))).idle()
 
     @torch.no_grad()
     def _commit(self, skipped: bool = False) -> None:
@@ -522,10 +534,6 @@ _PARTS = ("step", "state_dict", "load_state_dict")
 _HOOKS = [f"_optimizer_{part}_{when}_hooks" for part in _PARTS for when in ("pre", "post")]
 for _name in ("param_groups", "state", "defaults", *_HOOKS):
     setattr(MultiTaskOptimizer, _name, _forward(_name, f"The wrapped optimizer's ``{_name}``."))
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _expect(name: str, value: Any, kind: Any, words: str) -> None:

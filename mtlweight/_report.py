@@ -24,6 +24,8 @@ class Report:
         writes: which of these: ``"task"``, ``"sample"`` or ``"entry"``.
         gramian: ``[m, m]`` inner products of the tasks' gradients, if they were measured.
         alignment: ``[m]`` or ``[m, b]`` inner products with the reference's gradient, if they were measured.
+        own: of several processes that weigh their batches as one, the columns of this one's samples in the tensors
+            above; ``None`` for one process, which has them all, and for scalar losses.
         engine: what measured them: names joined by ``+``.
         notes: what the weightings noted, such as a solver's residual.
         skipped: number of steps that were skipped so far (non-finite values, or no task present).
@@ -39,6 +41,7 @@ class Report:
     writes: str = "task"
     gramian: Tensor | None = None
     alignment: Tensor | None = None
+    own: slice | None = None
     engine: str = ""
     notes: Mapping[str, Tensor] = field(default_factory=dict)
     skipped: int = 0

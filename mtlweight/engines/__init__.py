@@ -6,6 +6,7 @@ from mtlweight.engines._batch import ENGINES, Batch, Plan
 from mtlweight.engines._losses import deferred
 from mtlweight.engines._parts import Parts, called, parameters, parts
 from mtlweight.engines._precision import full_precision
+from mtlweight.engines._processes import Processes, local
 from mtlweight.engines._read import read
 from mtlweight.engines.features import Capture
 
@@ -16,9 +17,11 @@ __all__ = [
     "Capture",
     "Parts",
     "Plan",
+    "Processes",
     "called",
     "deferred",
     "full_precision",
+    "local",
     "look_again",
     "parameters",
     "parts",

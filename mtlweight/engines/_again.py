@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mtlweight._statistics import Given
 from mtlweight.engines import _losses
+from mtlweight.engines._processes import Layout
 
 if TYPE_CHECKING:
     from mtlweight.engines._batch import Plan
@@ -46,14 +47,22 @@ def look_again(losses: Any, plan: Plan, rewind: Callable[[], None], tasks: tuple
     """
     in_parts = isinstance(losses, (list, tuple))
     closures, plans = (losses, plan.split(len(losses))) if in_parts else ([losses], [plan])
-    restore = snapshot(plan.modules)
-    rewind()
-    try:
-        with torch.no_grad():
-            parts = [each.named(closure(), graph=False) for closure, each in zip(closures, plans, strict=True)]
-    finally:
-        restore()
-    whole = _losses.join(parts)
-    labelled = _losses.join([each.labelled(part) for each, part in zip(plans, parts, strict=True)])
+
+    def again() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        restore = snapshot(plan.modules)
+        rewind()
+        try:
+            with torch.no_grad():
+                parts = [each.named(closure(), graph=False) for closure, each in zip(closures, plans, strict=True)]
+        finally:
+            restore()
+        labelled = [each.labelled(part) for each, part in zip(plans, parts, strict=True)]
+        return _losses.join(parts), _losses.join(labelled)
+
+    if plan.processes is None:
+        whole, labelled = again()
+    else:
+        mine, layout = Layout.of(plan, again, lambda found: found[0])
+        whole, labelled = layout.masked(*mine)
     stacked = _losses.stack({task: whole[task] for task in tasks})
     return Given(losses=stacked, tasks=tasks, shares=_losses.shares(stacked, tasks, labelled))

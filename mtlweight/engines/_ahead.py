@@ -32,7 +32,8 @@ def one_step_ahead(optimizer: Optimizer, gradients: Gradients) -> Iterator[None]
     Raises:
         MTLWeightError: if the optimizer needs a closure, or keeps its state elsewhere.
     """
-    if not {"state", "param_groups"} <= vars(optimizer).keys():
+    within = any(isinstance(value, Optimizer) for value in vars(optimizer).values())
+    if within or not {"state", "param_groups"} <= vars(optimizer).keys():
         raise MTLWeightError(
             "Looking ahead takes a step with a copy of the optimizer's state: expected a wrapped optimizer with "
             f"`state` and `param_groups` of its own, found {type(optimizer).__name__}, which has them elsewhere. Wrap "

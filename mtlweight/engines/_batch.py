@@ -19,6 +19,7 @@ from mtlweight.engines import _losses, batched, features, forward, pullback, row
 from mtlweight.engines._graph import leaves, reentrant
 from mtlweight.engines._inject import Pairs, inject_known
 from mtlweight.engines._parts import called
+from mtlweight.engines._processes import Processes, expect_whole
 from mtlweight.engines._range import dense, gradient, narrow, restored, unit, wide
 from mtlweight.engines._rows import Rows, row_dtype
 
@@ -48,6 +49,8 @@ class Plan:
         memory: what engines keep from step to step: a copy of the committed one, which becomes the next.
         state: the weighting's committed state.
         view: the view of a batch.
+        processes: those whose batches count as one, if there are several.
+        stamp: what is the same in all of them, by name.
         broken: engines that have fallen back before, with the cause.
         warn: called with an engine's name and the cause at each fallback.
     """
@@ -67,6 +70,8 @@ class Plan:
     memory: dict[str, Any]
     state: State | None
     view: Callable[[Batch], View]
+    processes: Processes | None
+    stamp: Mapping[str, Any]
     broken: Mapping[str, str]
     warn: Callable[[str, str], None]
     used: list[str] = field(default_factory=list)
@@ -112,8 +117,9 @@ class Plan:
         return {t: self.masks.get(t, mask).to(mask.device) for t, mask in everyone.items()}
 
     def named(self, losses: Any, *, graph: bool = True) -> dict[str, Tensor]:
-        """The present tasks' losses by name, 0 where there is no label."""
-        return _losses.named(losses, self.tasks if graph else (), graph=graph, masks=self.masks)
+        """The present tasks' losses by name, 0 where there is no label; other processes may have labels of a task."""
+        known, empty = self.tasks if graph else (), self.processes is not None
+        return _losses.named(losses, known, graph=graph, masks=self.masks, empty=empty)
 
     @functools.cached_property
     def shared(self) -> list[Tensor] | None:
@@ -173,6 +179,7 @@ class Plan:
                 f"{self.name} reads {what}, but no shared parameter requires grad: expected at least one, found none. "
                 "Unfreeze some."
             )
+        expect_whole(self.trainable, f"{self.name} reads {what}")
         return self.shared
 
 
@@ -213,9 +220,19 @@ class Reference:
                     term = wide(dense(g)) if share == 1 else share * wide(dense(g))
                     total[p] = total[p] + term if p in total else term
 
-        _losses.visit(objective, add, use.main)
-        self.outer = [(p, g) for p, g in total.items() if id(p) in outer]
-        self.learnt = [(p, g) for p, g in total.items() if id(p) not in outer] if use.learn else []
+        def gradients() -> dict[Tensor, Tensor]:
+            _losses.visit(objective, add, use.main)
+            return total
+
+        own = total
+        if plan.processes is None:
+            gradients()
+        else:  # the parameters get their own, for whoever averages gradients, and all compare with the mean
+            every = dict.fromkeys([*plan.trainable, *(plan.shared or []), *plan.outer])
+            total = plan.processes.averaged(gradients, [p for p in every if id(p) in allowed or id(p) in outer])
+        self.outer = [(p, g) for p, g in own.items() if id(p) in outer]
+        self.learnt = [(p, g) for p, g in own.items() if id(p) not in outer] if use.learn else []
+        self._all = total
         self.parameters = [p for p in total if id(p) in allowed]
         self.tangents = [total[p] for p in self.parameters]
         if shared and not any(id(p) in shared for p in self.parameters):
@@ -228,7 +245,7 @@ class Reference:
                 f"No {wanting} is in the reference's graph: expected the reference to be computed {through} "
                 "parameters, found other parameters only. Use the same model for losses and reference."
             )
-        if outer and not self.outer:
+        if outer and not any(id(p) in outer for p in total):
             raise MTLWeightError(
                 "No parameter of outer=... is in the reference's graph: expected the reference to be computed with the "
                 "outer parameters, found others only. Use the same model for losses and reference."
@@ -242,7 +259,7 @@ class Reference:
 
     def expect_finite(self, plan: Plan) -> None:
         """Raises if the reference is to blame for an alignment that is not finite."""
-        pairs = [*zip(self.parameters, self.tangents, strict=True), *self.outer]
+        pairs = [*zip(self.parameters, self.tangents, strict=True), *self._all.items()]
         if not all_finite([g for _, g in pairs]):
             bad = next(p for p, g in pairs if not g.isfinite().all())
             raise NonFiniteError(
@@ -283,6 +300,7 @@ class Batch:
         self._plan = plan
         self._reference = reference
         self._aligned = alignment
+        self.means: Tensor | None = None  # [m, b], or [m] for scalars: what a loss counts for, if it says otherwise
         self._points = plan.capture.take() if plan.capture is not None else []
         self._rows: Rows | None = None
         self._values: Tensor | None = None
@@ -329,6 +347,8 @@ class Batch:
 
     def shares(self) -> Tensor:
         """``[m, b]``: what each sample counts for in its task's mean."""
+        if self.means is not None:
+            return self.means
         expect_samples(self.losses(), self.tasks)
         shares = _losses.shares(self.losses(), self.tasks, self._plan.masks)
         assert shares is not None
@@ -362,18 +382,22 @@ class Batch:
     def gramian(self, coefficients: Tensor | None) -> Tensor:
         """``[m, m]``: over the shared parameters, or at the shared representation for the features engine."""
         if self._plan.gradient_engine != "features":
-            return self._gramian_of(rows := self._gradients(coefficients), rows)
-        measured = self._measure(self._points, coefficients, "rows", keep_graph=True) if self._points else None
-        if measured is None or not measured.reached:
+            return self._checked((rows := self._gradients(coefficients)).gramian, rows)
+        measured = self._features(coefficients)
+        if measured is None:
             raise MTLWeightError(
                 "engine='features' found no shared representation in the losses' graph: expected the modules in "
                 "shared=... to be called with gradients enabled since the last step. Call them through their "
                 "forward."
             )
-        return self._gramian_of(measured)
+        return self._checked(measured)
 
-    def _gramian_of(self, rows: Rows, over: Rows | None = None) -> Tensor:
-        gramian = rows.gramian
+    def _features(self, coefficients: Tensor | None) -> Tensor | None:
+        """The Gramian at the shared representation, if there is one."""
+        measured = self._measure(self._points, coefficients, "rows", keep_graph=True) if self._points else None
+        return None if measured is None or not measured.reached else measured.gramian
+
+    def _checked(self, gramian: Tensor, over: Rows | None = None) -> Tensor:
         self._check("gradient", gramian.diagonal(), over)  # finite if and only if the rows are
         self._gramian = gramian
         return gramian
@@ -411,6 +435,10 @@ class Batch:
             "engine": "+".join(dict.fromkeys(self._plan.used)),
         }
 
+    def penalty(self, objective: Callable[..., Tensor], view: View, environments: Any) -> Tensor | None:
+        """The value of an objective beside the losses, with its graph."""
+        return objective(self.graphs, view, environments)
+
     def combined(self, weights: Tensor, writes: Level, penalty: Tensor | None = None) -> Tensor:
         """The scalar whose backward is the weighted step, and whose value is the plain sum of the tasks' losses.
 
@@ -420,7 +448,8 @@ class Batch:
             penalty: a scalar whose gradient joins the step.
         """
         stacked = self._stacked
-        plain = stacked if stacked.ndim == 1 else (self.shares().to(stacked.dtype) * stacked).sum(dim=1)
+        means = self.shares() if stacked.ndim == 2 else self.means
+        plain = stacked if means is None else (means.to(stacked.dtype) * stacked).reshape(len(stacked), -1).sum(dim=1)
         value = plain.detach().sum()
         rows = self._rows
         if writes == "entry" or (writes == "task" and rows is not None and rows.coefficients is None):
@@ -512,7 +541,7 @@ class Batch:
         plan = self._plan
         plan.used.append(plan.gradient_engine)
         losses = [wide(loss) for loss in self._losses.values()]  # so that their coefficients are not rounded to less
-        each = self.shares() if coefficients is None and plan.masks else coefficients
+        each = self.shares() if coefficients is None and (plan.masks or self.means is not None) else coefficients
         outputs = [
             (loss if loss.ndim == 0 else loss.mean()) if each is None else (each[t].to(loss.dtype) * loss).sum()
             for t, loss in enumerate(losses)

@@ -16,7 +16,12 @@ Masks = Mapping[str, Tensor]
 
 
 def named(
-    losses: Any, known: Sequence[str] = (), *, graph: bool = True, masks: Masks | None = None
+    losses: Any,
+    known: Sequence[str] = (),
+    *,
+    graph: bool = True,
+    masks: Masks | None = None,
+    empty: bool = False,
 ) -> dict[str, Tensor]:
     """The present tasks' losses by name, all scalars or all ``[b]``.
 
@@ -26,6 +31,7 @@ def named(
         known: the tasks that the state knows already; a tensor must have exactly these.
         graph: whether each loss must have a graph.
         masks: where there is no label the loss becomes 0; a task without any label is absent.
+        empty: keep such a task all the same.
 
     Raises:
         MTLWeightError: if there is no task, or a loss has another shape, another number of samples or no graph.
@@ -91,7 +97,7 @@ def named(
                     f"{list(present[task].shape)}; found {list(mask.shape)}. Give losses per sample, and as many."
                 )
             present[task] = torch.where(mask.to(present[task].device), present[task], torch.zeros_like(present[task]))
-            if not mask.any():
+            if not empty and not mask.any():
                 del present[task]
     return present
 

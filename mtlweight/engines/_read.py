@@ -15,7 +15,9 @@ from mtlweight.engines import _ahead, _losses
 from mtlweight.engines._again import snapshot
 from mtlweight.engines._batch import Batch, Plan, Reference
 from mtlweight.engines._evaluate import evaluated
+from mtlweight.engines._joined import Joined
 from mtlweight.engines._micro import MicroBatches
+from mtlweight.engines._processes import expect_whole
 from mtlweight.engines._range import gradient, narrow
 
 
@@ -46,8 +48,13 @@ def read(losses: Any, reference: Any, plan: Plan) -> Batch:
 
 def _read(losses: Any, reference: Any, plan: Plan) -> Batch:
     # Before the losses, if the weighting has announced that it compares; else if and when it does so all the same.
-    known = functools.cache(lambda: Reference(reference, plan)) if reference is not None else None
     compared = Needs.ALIGNMENT in plan.needs
+    if compared or plan.outer:
+        expect_whole(plan.trainable, f"{plan.name} takes the gradient of a reference")
+    plan.stamp = {**plan.stamp, "reference": "one" if reference is not None else "none"}
+    # Where it is missing in some processes alone, these learn of it in the exchange of its gradient.
+    expected = plan.processes is not None and (compared or bool(plan.outer))
+    known = functools.cache(lambda: Reference(reference, plan)) if expected or reference is not None else None
     if known is not None and compared and plan.use is not None and plan.use.lookahead is not None:
         return _look_ahead(losses, reference, known, plan)
     if known is not None and (compared or plan.outer):
@@ -65,9 +72,7 @@ def _look_ahead(losses: Any, reference: Any, known: Callable[[], Reference], pla
             )
     lookahead = plan.use.lookahead if plan.use is not None else None
     present = snapshot(plan.modules)
-    parts = isinstance(losses, (list, tuple))
-    alone = replace(plan, outer=[])  # the outer parameters have no gradient before the reference's
-    trial = MicroBatches(losses, alone) if parts else Batch(plan.named(losses()), alone)
+    trial = _plain(losses, None, replace(plan, outer=[]))  # these have no gradient before the reference's
     # Losses that are not finite are for the step itself to judge: they take no part in the one ahead.
     trial = trial.without([task for task, loss in trial.graphs.items() if not bool(loss.isfinite().all())])
     gradients: dict[Tensor, Tensor | None] = {}
@@ -77,8 +82,13 @@ def _look_ahead(losses: Any, reference: Any, known: Callable[[], Reference], pla
         scalar = trial.combined(weights, "task" if weights.ndim == 1 else "sample")
         outer = {id(p) for p in plan.outer}
         inner = [p for p in plan.trainable if id(p) not in outer]
-        found = gradient(scalar, inner, keep_graph=False, narrow=narrow([scalar]))
-        gradients = {p: None if g is None else g.to(p.dtype) for p, g in zip(inner, found, strict=True)}
+
+        def own() -> dict[Tensor, Tensor | None]:
+            found = gradient(scalar, inner, keep_graph=False, narrow=narrow([scalar]))
+            return dict(zip(inner, found, strict=True))
+
+        found = own() if plan.processes is None else plan.processes.averaged(own, inner)
+        gradients = {p: None if g is None else g.to(p.dtype) for p, g in found.items()}
     if lookahead == "stay":
         _ahead.step(plan.optimizer, gradients)
         known()
@@ -92,12 +102,32 @@ def _look_ahead(losses: Any, reference: Any, known: Callable[[], Reference], pla
             there = _evaluated(losses, known, plan)
             aligned = dict(zip(there.tasks, there.alignment().unbind(), strict=True))
     present()
-    if aligned is None:
-        return _evaluated(losses, known, plan)
-    return MicroBatches(losses, plan, known, aligned) if parts else Batch(plan.named(losses()), plan, known, aligned)
+    return _evaluated(losses, known, plan) if aligned is None else _plain(losses, known, plan, aligned)
+
+
+def _plain(
+    losses: Any, known: Callable[[], Reference] | None, plan: Plan, aligned: dict[str, Tensor] | None = None
+) -> Batch:
+    """The batch, without alignments or with those that are known."""
+
+    def own(aligned: dict[str, Tensor] | None = None) -> Batch:
+        if isinstance(losses, (list, tuple)):
+            return MicroBatches(losses, plan, known, aligned)
+        return Batch(plan.named(losses()), plan, known, aligned)
+
+    return own(aligned) if plan.processes is None else Joined(own, plan, known, aligned)
 
 
 def _evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) -> Batch:
+    return (
+        _alone(losses, known, plan)
+        if plan.processes is None
+        else Joined(lambda: _alone(losses, known, plan), plan, known)
+    )
+
+
+def _alone(losses: Any, known: Callable[[], Reference] | None, plan: Plan) -> Batch:
+    """This process's batch."""
     if isinstance(losses, (list, tuple)) and losses and _losses.deferred(losses):
         if plan.engine == "features":
             raise MTLWeightError(

@@ -95,6 +95,18 @@ class Rows:
         """``J Jᵀ``, ``[m, m]``."""
         return gramian_of(*self._columns())
 
+    @property
+    def widths(self) -> list[int]:
+        """How many columns each group has."""
+        return [sum(self.inputs[k].numel() for k in group) for group in self.groups]
+
+    def like(self, matrix: Tensor, coefficients: Tensor | None, *, reached: bool) -> Rows:
+        """Other rows for the same inputs, group after group in the columns of a matrix."""
+        vectors: list[list[Tensor | None]] = [list(row.split(self.widths)) for row in matrix]
+        reach = [set(range(len(self.inputs)) if reached else ()) for _ in matrix]
+        whole = None if self.matrix is None else matrix
+        return Rows(self.inputs, [], self.groups, vectors, reach, [{} for _ in matrix], coefficients, whole)
+
     def zero(self, m: int, coefficients: Tensor | None) -> Rows:
         """``m`` rows of zeros for the same inputs, to be added to."""
         matrix = None if self.matrix is None else self.matrix.new_zeros(m, self.matrix.shape[1])
@@ -129,7 +141,8 @@ class Rows:
             heads: ``"weighted"`` or ``"unweighted"``.
         """
         dtype, groups = row_dtype(self.inputs), self.groups
-        shapes, reached = [p.shape for p in self.inputs], set[int]().union(*self.reach)
+        shapes = [p.shape for p in self.inputs]
+        reached = sorted(set[int]().union(*self.reach))  # no others are in the graph: some reducers count on that
         weighted = writes == "task" and heads == "weighted"
         shared = [(t, j) for t, row in enumerate(self.vectors) for j, vector in enumerate(row) if vector is not None]
         others = [(t, k) for t, row in enumerate(self.heads) for k in row]
@@ -148,12 +161,13 @@ class Rows:
             for group, total in zip(groups, totals, strict=True):
                 if total is not None:
                     for k, part in zip(group, total.split([shapes[k].numel() for k in group]), strict=True):
-                        found[k] = part.view(shapes[k]) if k in reached else None
-            return found + tails
+                        found[k] = part.view(shapes[k])
+            return [found[k] for k in reached] + tails
 
         tensors = [vector for row in self.vectors for vector in row if vector is not None]
         tensors += [g for row in self.heads for g in row.values()]
-        return inject(value, [*self.inputs, *self.rest], [weights, *tensors], gradients)
+        leaves = [*(self.inputs[k] for k in reached), *self.rest]
+        return inject(value, leaves, [weights, *tensors], gradients)
 
     def _columns(self) -> Iterator[list[Tensor]]:
         """For each group, its ``m`` vectors."""

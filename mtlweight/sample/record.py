@@ -42,7 +42,7 @@ class SampleWeights:
         """Records one step; a report that was recorded already, as after a step that was skipped, is passed over.
 
         Args:
-            report: ``optimizer.report`` after the step.
+            report: ``optimizer.report`` after the step. Of several processes each records its own samples.
             index: ``[b]``, the samples' positions in the data set.
 
         Raises:
@@ -57,16 +57,17 @@ class SampleWeights:
                 f"SLGrad, found {'none' if weights is None else f'weights of shape {list(weights.shape)}'}. Use such a "
                 "weighting, and losses per sample."
             )
-        index = torch.as_tensor(index, device=weights.device)
-        if index.shape != weights.shape[1:]:
+        index, own = torch.as_tensor(index, device=weights.device), report.own or slice(None)
+        b = weights[:, own].shape[1]
+        if index.shape != (b,):
             raise MTLWeightError(
-                f"SampleWeights: expected one position for each of the {weights.shape[1]} samples, found an index of "
-                f"shape {list(index.shape)}. Let the data set return the position with each sample."
+                f"SampleWeights: expected one position for each of the {b} samples, found an index of shape "
+                f"{list(index.shape)}. Let the data set return the position with each sample."
             )
         labelled = shares > 0
         mean = weights.sum() / labelled.sum()
         relative = weights / torch.where(mean == 0, 1.0, mean)
-        self._batches.append((report.tasks, index, relative, labelled))
+        self._batches.append((report.tasks, index, relative[:, own], labelled[:, own]))
         self._step = report.step
 
     def history(self, task: str, index: int) -> list[float]:
