@@ -56,6 +56,8 @@ def close(actual, expected):
     """Equality of nested values up to rounding."""
     if isinstance(expected, torch.Tensor) and expected.is_floating_point():
         same_numbers(actual, expected, rtol=1e-9)
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected)
     elif isinstance(expected, dict):
         assert actual.keys() == expected.keys()
         for key, value in expected.items():
