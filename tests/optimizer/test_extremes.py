@@ -6,6 +6,7 @@ import torch
 from mtlweight import MTLWeightError, MultiTaskOptimizer
 from mtlweight.testing._conformance import per_sample
 from tests.optimizer.registered import (
+    CASES,
     TASKS,
     Rounded,
     combined,
@@ -70,6 +71,14 @@ def test_a_step_is_finite_for_losses_of_every_scale_and_for_the_invariant_the_sa
         for (gradient, weights), (g, w) in zip(found, trained(case, 1.0, lr), strict=True):
             assert near(weights, scale**degree * w, 1e-6)
             assert near(gradient, scale ** (1 + degree) * g, 1e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.weighting.reference and case.weighting.reference.unit])
+def test_a_reference_whose_norm_is_taken_out_counts_the_same_at_every_scale(case):
+    plain, *others = (trained(case, 1.0, 0.1, reference_scale=2.0**power) for power in (0, -80, 40))
+    for found in others:
+        for (_, weights), (_, w) in zip(found, plain, strict=True):
+            assert near(weights, w, 1e-6)
 
 
 @every_weighting

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from mtlweight import MGDA, AutoLambda, Equal, SLGrad
+from mtlweight import MGDA, AutoLambda, Equal, MultiTaskOptimizer, SLGrad
 from tests.engines.zoo import close
 from tests.optimizer.problems import DEVICES, same
 from tests.optimizer.registered import (
@@ -76,19 +76,15 @@ def whole(p, scale):
     return lambda: {t: scaled(x, scale) for t, x in p.samples().items()}
 
 
-def plainly(p):
-    return {}
-
-
 ROUTES = {
-    "rows": (MGDA(), whole, plainly),
-    "rows of parts": (MGDA(), halves, plainly),
-    "sums of parts": (Equal(), halves, plainly),
-    "unweighted heads": (Equal(), whole, lambda p: {"heads": "unweighted"}),
-    "unweighted heads of parts": (Equal(), halves, lambda p: {"heads": "unweighted"}),
-    "outer parameters": (Equal(), whole, lambda p: {"outer": p.model.heads["1"]}),
-    "the reference's own gradient": (SLGrad("0", learn_reference=True) >> MGDA(), whole, plainly),
-    "a step ahead": (AutoLambda("0", step_size=1.0), whole, plainly),
+    "rows": (MGDA(), whole, {}),
+    "rows of parts": (MGDA(), halves, {}),
+    "sums of parts": (Equal(), halves, {}),
+    "unweighted heads": (Equal(), whole, {"heads": "unweighted"}),
+    "unweighted heads of parts": (Equal(), halves, {"heads": "unweighted"}),
+    "outer parameters": (Equal(), whole, {"outer": "1"}),
+    "the reference's own gradient": (SLGrad("0", learn_reference=True) >> MGDA(), whole, {}),
+    "a step ahead": (AutoLambda("0", step_size=1.0), whole, {}),
 }
 
 
@@ -97,7 +93,8 @@ ROUTES = {
 def test_what_combine_differentiates_itself_is_not_too_small_for_float16(weighting, losses, options, device):
     def run(scale):
         p = Rounded(TASKS, torch.float16, autocast=True, device=device)
-        optimizer = wrapped(p, weighting, lr=0.1 / scale, **options(p))
+        named = {key: p.model.heads[value] if key == "outer" else value for key, value in options.items()}
+        optimizer = wrapped(p, weighting, lr=0.1 / scale, **named)
         scalar = optimizer.combine(losses(p, scale), reference=lambda: scaled(sum(p.samples(50).values()), scale))
         (scalar / scale).backward()
         optimizer.step()
@@ -105,6 +102,32 @@ def test_what_combine_differentiates_itself_is_not_too_small_for_float16(weighti
 
     for found, expected in zip(run(2.0**-24), run(1.0), strict=True):
         assert close(found, expected, rounding=3 * torch.finfo(torch.float16).eps)
+
+
+@every_device
+@every_use
+def test_tiny_weights_of_samples_make_no_tiny_gradients_in_float16(autocast, device):
+    weights = []
+    for total in (1.0, 2.0**-20):
+        p = lowered(TASKS, torch.float16, autocast, device=device)
+        optimizer = wrapped(p, SLGrad("0", total=total) >> MGDA())
+        optimizer.combine(p.samples, reference=p.reference).backward()
+        optimizer.step()
+        weights.append(optimizer.report.weights / total)
+    assert close(*weights, rounding=4 * torch.finfo(torch.float16).eps)
+
+
+@every_device
+@pytest.mark.parametrize("low", LOW)
+def test_the_average_of_references_is_not_rounded_to_the_parameters_low_precision(low, device):
+    # In bfloat16, steps towards 2 would be rounded to nothing from 1.6 on.
+    weight = torch.ones((), dtype=low, device=device, requires_grad=True)
+    optimizer = MultiTaskOptimizer(torch.optim.SGD([weight], lr=0.0), SLGrad("0", ema=0.99), shared=weight)
+    for k in range(200):
+        optimizer.combine({"0": weight.expand(2)}, reference=weight * (2 if k else 1)).backward()
+        optimizer.step()
+    expected = torch.full((1, 2), 2 - 0.99**199, device=device)
+    assert close(optimizer.report.alignment, expected, rounding=torch.finfo(low).eps)
 
 
 # The step
