@@ -53,8 +53,9 @@ class MicroBatches(Batch):
         for closure, each in zip(self._closures, self._plans, strict=True):
             part = evaluated(closure, reference, each) if compare else Batch(each.named(closure()), each)
             losses.append({task: loss.detach() for task, loss in part._losses.items()})
-            aligned.append((part._aligned or part._align()) if compare else {})
-        rows = [next(iter(part.values()), torch.zeros(0)) for part in losses]
+            aligned.append((part._aligned or part._align()) if compare and part.tasks else {})
+        some = next((row for part in losses for row in part.values()), torch.zeros(0))
+        rows = [next(iter(part.values()), some.new_zeros(0)) for part in losses]  # a part may have no task at all
         if any(row.ndim == 0 for row in rows):
             raise MTLWeightError(
                 "Losses in parts come per sample, so that means are over the whole batch: expected [b] losses, found "
@@ -99,6 +100,8 @@ class MicroBatches(Batch):
         for part, columns, plain in zip(
             self._again(), *(x.split(self._sizes, dim=1) for x in (coefficients, shares)), strict=True
         ):
+            if not part:
+                continue
             terms = _losses.stack(part)
             chosen = [self.tasks.index(task) for task in part]
             sums = [(x[chosen].to(terms.dtype) * terms).sum() for x in (columns, plain)]
@@ -121,6 +124,8 @@ class MicroBatches(Batch):
         each = self.shares() if coefficients is None else coefficients
         total: Rows | None = None
         for part, plan, columns in zip(self._again(), self._plans, each.split(self._sizes, dim=1), strict=True):
+            if not part:
+                continue
             places = [self.tasks.index(task) for task in part]
             found = Batch(part, plan)._measure(inputs, columns[places], engine, keep_graph)
             if total is None:

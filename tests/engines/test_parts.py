@@ -1,12 +1,25 @@
 """Losses in parts, for batches too large for memory: the step is that of the whole batch."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
 
-from mtlweight import FAMO, MGDA, UW, Equal, GradDrop, MTLWeightError, MultiTaskOptimizer, PCGrad, SLGrad, every
+from mtlweight import (
+    FAMO,
+    MGDA,
+    UW,
+    Equal,
+    ExcessMTL,
+    GradDrop,
+    MTLWeightError,
+    MultiTaskOptimizer,
+    PCGrad,
+    SLGrad,
+    every,
+)
 from tests.engines.zoo import NETWORKS, SEED, Recipe, TwoTasks, close, numbers, problem
 from tests.optimizer.problems import Problem, same_numbers, step, wrap
 
@@ -173,3 +186,36 @@ def test_parts_of_scalars_say_that_they_come_per_sample():
     p = Problem()
     with pytest.raises(MTLWeightError, match=r"in parts come per sample.* found scalars\. Compute"):
         wrap(p, Equal()).combine([p.losses, p.losses])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("by", [*WEIGHTINGS, ExcessMTL()], ids=repr)
+def test_a_part_without_any_task_is_as_if_it_were_not_there(by, place):
+    p, q = Problem(), Problem()
+    for each in (p, q):
+        each.model.encoder.append(nn.Dropout(0.5))
+    optimizer, other = (wrap(each, by, shared=each.encoder, model=each.model) for each in (p, q))
+
+    def draws(part):
+        torch.rand(3)  # as a model does that is called for nothing
+        return part()
+
+    for k in range(2):
+        with_gap, without = parts(p, k), parts(q, k)
+        with_gap.insert(place, lambda: draws(lambda: dict.fromkeys(p.tasks)))
+        without[place] = functools.partial(draws, without[place])
+        for each, losses, problem_ in ((optimizer, with_gap, p), (other, without, q)):
+            torch.manual_seed(k)
+            step(each, losses, reference=problem_.reference)
+        same_numbers(p.parameters(), q.parameters(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("by", [UW(), MGDA(), SLGrad("left")], ids=repr)
+def test_a_part_whose_only_task_is_dropped_is_as_if_it_were_not_there(by):
+    p, q = Problem(), Problem()
+    dropping = wrap(p, by, shared=p.encoder, on_nonfinite="drop")
+    bad = lambda: {"left": None, "right": p.samples()["right"] * torch.nan}  # noqa: E731
+    step(dropping, [lambda: {**p.samples(), "right": None}, bad], reference=p.reference)
+    step(wrap(q, by, shared=q.encoder), lambda: {**q.samples(), "right": None}, reference=q.reference)
+    assert dict(dropping.report.dropped) == {"right": 1}
+    same_numbers(p.parameters(), q.parameters(), rtol=1e-9)

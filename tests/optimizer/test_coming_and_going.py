@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtlweight import DBMTL, UW, ExcessMTL, MoCo, MTLWeightError, MultiTaskOptimizer, Needs, View
+from mtlweight import DBMTL, MGDA, UW, ExcessMTL, MoCo, MTLWeightError, MultiTaskOptimizer, Needs, SLGrad, View
 from mtlweight._statistics import Given, tensors_of
 from mtlweight._weighting import ReferenceUse, evaluate
 from tests.optimizer.problems import Problem, same, step
@@ -24,11 +24,10 @@ def tasks_of(case):
     return tuple(map(str, range(3 if 3 in case.tasks else max(case.tasks))))
 
 
-def wrap(problem, weighting, *, shared=None, parameters=None):
+def wrap(problem, weighting, *, shared=None, parameters=None, engine="auto"):
     adam = torch.optim.Adam(problem.model.parameters() if parameters is None else parameters, lr=0.01)
-    return MultiTaskOptimizer(
-        adam, weighting, shared=problem.encoder if shared is None else shared, model=problem.model
-    )
+    shared = problem.encoder if shared is None else shared
+    return MultiTaskOptimizer(adam, weighting, shared=shared, model=problem.model, engine=engine)
 
 
 def train(problem, optimizer, first, last):
@@ -156,17 +155,17 @@ def grown(problem, optimizer):
     optimizer.add_param_group({"params": problem.encoder[-1].parameters(), "lr": 0.02})
 
 
-def outcome(case, changes, *, anew):
+def outcome(weighting, changes, *, anew, tasks=("0", "1"), engine="auto"):
     """Trains through changes of the shared parameters; ``anew`` with an optimizer made and loaded after each."""
-    problem = Problem(tasks_of(case))
-    optimizer = wrap(problem, case.weighting)
+    problem = Problem(tasks)
+    optimizer = wrap(problem, weighting, engine=engine)
     train(problem, optimizer, 0, 2)
     for k, change in enumerate(changes, 2):
         change(problem, optimizer)
         if anew:
             saved = copy.deepcopy(optimizer.state_dict())
             optimizer = MultiTaskOptimizer(
-                copy.copy(optimizer.optimizer), case.weighting, shared=problem.encoder, model=problem.model
+                copy.copy(optimizer.optimizer), weighting, shared=problem.encoder, model=problem.model, engine=engine
             )
             optimizer.load_state_dict(saved)
         train(problem, optimizer, k, k + 1)
@@ -175,13 +174,24 @@ def outcome(case, changes, *, anew):
 
 @every_method
 def test_shared_parameters_that_change_in_mid_training_are_seen_as_by_an_optimizer_made_after_the_change(case):
+    trained = functools.partial(outcome, case.weighting, tasks=tasks_of(case))
     if any(kind.__name__ in repr(case.weighting) for kind in REMEMBERS_ENTRIES):
         for change in (frozen, grown):
             with pytest.raises(MTLWeightError, match="remembers a number for each entry"):
-                outcome(case, [change], anew=False)
+                trained([change], anew=False)
     else:
-        went_on, made_anew = (outcome(case, [frozen, grown, thawed], anew=anew) for anew in (False, True))
-        assert same(went_on, made_anew)
+        assert same(*(trained([frozen, grown, thawed], anew=anew) for anew in (False, True)))
+
+
+@pytest.mark.parametrize("engine", ["rows", "batched", "features", "samples", "forward", "pullback"])
+def test_every_engine_sees_shared_parameters_that_change_in_mid_training(engine):
+    weighting = SLGrad("0", ema=0.5) if engine in ("forward", "pullback") else MGDA()
+    went_on, made_anew, unchanged = (
+        outcome(weighting, changes, anew=anew, engine=engine)
+        for changes, anew in (([frozen, grown, thawed], False), ([frozen, grown, thawed], True), ([], False))
+    )
+    assert same(went_on, made_anew)
+    assert went_on["parameters"].keys() > unchanged["parameters"].keys()
 
 
 @pytest.mark.parametrize(

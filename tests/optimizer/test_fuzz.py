@@ -426,7 +426,7 @@ class Loop(RuleBasedStateMachine):
         for name, a in ours.items():
             self.close(a, theirs[name])
             if self.dtype in LOW:
-                theirs[name].detach().copy_(a)
+                theirs[name].data.copy_(a)  # unseen by the graphs that still wait for their backward
 
     @staticmethod
     def tensors(model, inner):
