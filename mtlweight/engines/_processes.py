@@ -101,7 +101,10 @@ class Processes:
         for rank, (text, not_finite, _) in enumerate(messages):
             if text is not None:
                 kind = NonFiniteError if not_finite else MTLWeightError
-                raise kind(f"Process {rank} could not do its part of the step, so that none takes it: {text}")
+                raise kind(
+                    f"Process {rank} could not do its part, so that none takes the step: expected all to succeed, "
+                    f"found {text}"
+                )
         return result, [said for _, _, said in messages]
 
     def total(self, fill: Callable[[Tensor], None], like: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import pickle
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -316,6 +317,39 @@ def accumulated(count, rank, device):
 
 
 @scenario
+def sent(count, rank, device):
+    """What each level hands to the collectives of torch.distributed, in bytes, in one call of ``combine``."""
+    found = {}
+    for level, weighting in (
+        ("loss", DWA()),
+        ("Gramian", MGDA()),
+        ("features", MGDA()),
+        ("Jacobian", GradDrop()),
+        ("reference", SLGrad("0")),
+    ):
+        run = Run(weighting, uneven=False, options={"engine": "features"} if level == "features" else {})
+        training = Training(run, count, rank, device=device)
+        calls = []
+
+        def spy(name, kind, place, calls=calls):
+            plain = getattr(dist, name)
+
+            def call(*args, **options):
+                value = args[place]
+                calls.append((kind, value.nbytes if isinstance(value, torch.Tensor) else 0))
+                return plain(*args, **options)
+
+            return mock.patch.object(dist, name, call)
+
+        with spy("all_reduce", "reduce", 0), spy("all_gather", "gather", 1), spy("all_gather_object", "names", 1):
+            training.combine(0)
+        shared = [p.numel() for p in training.model.encoder.parameters()]
+        sizes = {"tasks": run.tasks, "samples": SAMPLES // count, "parameters": sum(shared)}
+        found[level] = calls, sizes, 2 + len(shared)
+    return found
+
+
+@scenario
 def options_of_ddp(count, rank, device):
     """Buckets that gradients are views of; and static graphs, whose first gradients are averaged out of turn."""
     views = [Training(Run(w), count, rank, device=device, gradient_as_bucket_view=True) for w in (UW(), MGDA())]
@@ -336,6 +370,8 @@ class Sharded(Training):
         fully_shard(self.model)
         inner = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
         options = {**run.options, "shared": self.model.encoder, "model": self.model}
+        if "outer" in options:
+            options["outer"] = self.model.encoder[0].bias
         self.optimizer = MultiTaskOptimizer(inner, run.weighting, **options)
 
     def whole(self):
@@ -362,11 +398,13 @@ def sharded(count, rank, device):
 @scenario
 def sharded_and_refused(count, rank, device):
     found = {}
-    for weighting in (MGDA(), GradDrop(), SLGrad("0"), L2RW(), SLGrad("0", replay="official")):
-        training = Sharded(Run(weighting), count, rank, device=device)
+    weightings = (MGDA(), GradDrop(), SLGrad("0"), L2RW(), SLGrad("0", replay="official"))
+    runs = [Run(UW(), options={"heads": "unweighted"}), Run(UW(), options={"outer": "bias"}), *map(Run, weightings)]
+    for run in runs:
+        training = Sharded(run, count, rank, device=device)
         before = training.whole()
         heard = message(lambda training=training: training.combine(0))
-        found[repr(weighting)] = heard, equal(before, training.whole())
+        found[repr(run)] = heard, equal(before, training.whole())
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mtlweight import MGDA, UW, MTLWeightError
+from tests.benchmarks import communication
 from tests.distributed.cases import ALONE, SCENARIOS, SHARDED, SPOILT, Singular, Spoilt, parity
 from tests.distributed.training import Run, Training
 from tests.optimizer.problems import DEVICES, Problem, same, same_numbers, wrap
@@ -149,6 +150,7 @@ def test_an_error_in_one_process_raises_in_all_and_the_next_step_is_as_if_it_had
             assert still
             assert same(after, then)
     assert all(f"Process {count - 1} could not" in other["losses"][0] for other in others)
+    assert all("found RuntimeError: out of order" in other["losses"][0] for other in others)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -204,6 +206,17 @@ def test_each_process_records_the_weights_of_its_own_samples(outcomes, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("level", communication.LEVELS)
+def test_as_much_is_sent_as_the_table_in_the_docs_says(outcomes, count, level):
+    for found in outcomes(count, "sent"):
+        sent, sizes, flags = found[level]
+        expected = communication.exchanges(level, **sizes, item=8)
+        assert [kind for kind, _ in sent] == [kind for kind, _ in expected]
+        for (_, actual), (_, said) in zip(sent, expected, strict=True):
+            assert said <= actual <= said + 8 * flags
+
+
+@pytest.mark.parametrize("count", COUNTS)
 def test_bucket_views_and_static_graphs_work_or_raise(outcomes, count):
     expected = [Training(Run(weighting), count).train() for weighting in (UW(), MGDA())]
     for found, heard in outcomes(count, "options_of_ddp"):
@@ -248,3 +261,20 @@ def test_an_optimizer_with_sharded_state_takes_the_same_steps_and_does_not_look_
 def test_a_group_of_another_kind_is_refused():
     with pytest.raises(MTLWeightError, match=r"process_group to be a torch\.distributed\.ProcessGroup .* found int"):
         wrap(Problem(), UW(), process_group=3)
+
+
+def test_the_docs_have_the_table_that_the_model_prints():
+    page = (ROOT / "docs" / "optimizer.md").read_text()
+    assert communication.table() in page
+
+
+def test_costs_of_the_model_grow_with_what_is_sent_and_vanish_for_one_process():
+    sizes = {"tasks": 10, "samples": 64, "parameters": 10**7}
+    for level in communication.LEVELS:
+        sent = communication.exchanges(level, **sizes)
+        seconds = [communication.seconds(sent, count) for count in (1, 2, 8, 64)]
+        assert seconds[0] == 0
+        assert seconds == sorted(seconds)
+    # On paper, all processes send and receive 2 (R - 1) / R of the rows: 4 bytes each, 12.5e9 in a second.
+    (_, rows) = communication.exchanges("Gramian", **sizes)[-1]
+    assert communication.seconds([("reduce", rows)], 4, latency=0) == pytest.approx(2 * 3 / 4 * 4e8 / 12.5e9)
