@@ -16,6 +16,7 @@ from mtlweight._statistics import all_finite, row_sizes, statistics_dtype
 from mtlweight._view import Needs, State, View, expect_samples
 from mtlweight._weighting import Level, ReferenceUse, Weighting, wrong_shape
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
+from mtlweight.engines._grad import explain, grad
 from mtlweight.engines._graph import leaves, reentrant
 from mtlweight.engines._inject import Pairs, inject_known
 from mtlweight.engines._rows import Rows, dense, row_dtype
@@ -170,7 +171,7 @@ class Reference:
                 )
             # It may share its graph with the losses. And a compiled model whose first backward may free the graph
             # refuses later ones that keep it, which the rows need.
-            found = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True) if wanted else ()
+            found = grad([loss], wanted, retain_graph=True)
             for p, gradient in zip(wanted, found, strict=True):
                 if gradient is not None:
                     term = dense(gradient) if share == 1 else share * dense(gradient)
@@ -393,7 +394,7 @@ class Batch:
             elif self._plan.outer:
                 inner = [p for p, _ in self._inner([(p, None) for p in leaves([total])])]
                 keep = self._plan.keep_graph
-                found = torch.autograd.grad(total, inner, retain_graph=keep, allow_unused=True)
+                found = grad([total], inner, retain_graph=keep)
                 scalar = inject_known(value, list(zip(inner, found, strict=True)))
             else:
                 scalar = value + (total - total.detach())
@@ -436,7 +437,6 @@ class Batch:
                 try:
                     engine, values = "pullback", pullback.alignment(losses, parameters, tangents)
                 except RuntimeError as error:
-                    _name_freed_graph(error)
                     cause = forward.cause(error)
             if values is None:
                 plan.warn("pullback", str(cause))
@@ -485,15 +485,15 @@ class Batch:
                 matrix = torch.empty(len(outputs), n, dtype=row_dtype(inputs), device=inputs[0].device)
             return Rows.collect(gradients, inputs, rest, coefficients, matrix)
         except RuntimeError as error:
-            _name_freed_graph(error)
+            explain(error)  # gradients that are read too late
             raise
 
     def _two_backwards(self, weighted: Tensor, plain: Tensor) -> Pairs:
         shared = self._plan.shared_for("shared parameters")
         known = {id(p) for p in shared}
         rest = [p for p in leaves([plain]) if id(p) not in known]
-        first = torch.autograd.grad(weighted, shared, retain_graph=True, allow_unused=True)
-        second = torch.autograd.grad(plain, rest, retain_graph=self._plan.keep_graph, allow_unused=True) if rest else ()
+        first = grad([weighted], shared, retain_graph=True)
+        second = grad([plain], rest, retain_graph=self._plan.keep_graph)
         return [*zip(shared, first, strict=True), *zip(rest, second, strict=True)]
 
     def _check(self, what: str, values: Tensor) -> None:
@@ -515,14 +515,6 @@ def main_scope(
     allowed = {id(p) for p in plan.shared or []} | {id(p) for p in leaves(losses[t] for t in mains if t in losses)}
     kept = [(p, g) for p, g in zip(parameters, tangents, strict=True) if id(p) in allowed]
     return [p for p, _ in kept], [g for _, g in kept]
-
-
-def _name_freed_graph(error: RuntimeError) -> None:
-    if "second time" in str(error) or "freed" in str(error):
-        raise MTLWeightError(
-            "The losses' graph was freed by an earlier backward or combine: expected a fresh graph, found a used one. "
-            "Compute the losses again before each combine, or pass them as a callable."
-        ) from error
 
 
 def _finite(values: Tensor) -> bool:

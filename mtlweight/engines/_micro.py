@@ -18,6 +18,7 @@ from mtlweight.engines import _losses
 from mtlweight.engines._again import snapshot
 from mtlweight.engines._batch import Batch, Plan, Reference
 from mtlweight.engines._evaluate import evaluated
+from mtlweight.engines._grad import grad
 from mtlweight.engines._graph import leaves
 from mtlweight.engines._inject import inject_known
 from mtlweight.engines._rows import Rows
@@ -104,8 +105,7 @@ class MicroBatches(Batch):
                 pairs = self._two_backwards(*sums)
             else:
                 reached = leaves(sums[:1])
-                found = torch.autograd.grad(sums[0], reached, allow_unused=True)
-                pairs = [*zip(reached, found, strict=True)]
+                pairs = [*zip(reached, grad(sums[:1], reached), strict=True)]
             for p, g in self._inner(pairs):
                 if g is not None:
                     total[p] = total[p] + g if p in total else g

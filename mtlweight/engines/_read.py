@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
@@ -16,6 +15,7 @@ from mtlweight.engines import _ahead, _losses
 from mtlweight.engines._again import snapshot
 from mtlweight.engines._batch import Batch, Plan, Reference
 from mtlweight.engines._evaluate import evaluated
+from mtlweight.engines._grad import grad
 from mtlweight.engines._micro import MicroBatches
 
 
@@ -77,7 +77,7 @@ def _look_ahead(losses: Any, reference: Any, known: Callable[[], Reference], pla
         scalar = trial.combined(weights, "task" if weights.ndim == 1 else "sample")
         outer = {id(p) for p in plan.outer}
         inner = [p for p in plan.trainable if id(p) not in outer]
-        gradients = dict(zip(inner, torch.autograd.grad(scalar, inner, allow_unused=True), strict=True))
+        gradients = dict(zip(inner, grad([scalar], inner), strict=True))
     if lookahead == "stay":
         _ahead.step(plan.optimizer, gradients)
         known()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mtlweight.engines._grad import grad, vectorized
 from mtlweight.engines.rows import Gradients
 
 CHUNK = 32
@@ -31,13 +32,8 @@ def gradients(
     basis = torch.eye(len(outputs), dtype=stacked.dtype, device=stacked.device)
     chunks = basis.split(chunk_size)
     for i, chunk in enumerate(chunks):
-        columns = torch.autograd.grad(
-            stacked,
-            inputs,
-            chunk,
-            retain_graph=keep_graph or i + 1 < len(chunks),
-            allow_unused=True,
-            is_grads_batched=True,
-        )
+        keep = keep_graph or i + 1 < len(chunks)
+        with vectorized("batched", outputs):
+            columns = grad([stacked], inputs, [chunk], retain_graph=keep, is_grads_batched=True)
         for k in range(len(chunk)):
             yield tuple(None if column is None else column[k] for column in columns)

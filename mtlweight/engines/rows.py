@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mtlweight.engines._graph import leaves
+from mtlweight.engines._grad import grad
+from mtlweight.engines._graph import compiled, leaves
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -23,13 +24,14 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, keep_graph
         inputs: leaves or intermediate tensors; ``None`` is returned where an output does not depend on one.
         keep_graph: whether the graph is needed again after the last output.
     """
+    check = bool(compiled(outputs))
     for i, output in enumerate(outputs):
         mine = inputs
         if len(outputs) > 4:  # not to ask for all other tasks' heads then saves a tenth of the time
             reached = {id(p) for p in leaves([output])}
             mine = [x for x in inputs if not x.is_leaf or id(x) in reached]
         keep = keep_graph or i + 1 < len(outputs)
-        found = torch.autograd.grad(output, mine, retain_graph=keep, allow_unused=True) if mine else ()
+        found = grad([output], mine, retain_graph=keep, check=check)
         known = dict(zip(map(id, mine), found, strict=True))
         yield tuple(known.get(id(x)) for x in inputs)
 

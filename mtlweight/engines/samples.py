@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mtlweight.engines._grad import vectorized
 from mtlweight.engines.rows import Gradients
 
 CHUNK = 64
@@ -32,7 +33,9 @@ def jacobian(losses: Sequence[Tensor], inputs: Sequence[Tensor], *, chunk_size: 
 
     basis = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
     for chunk in basis.split(chunk_size):
-        yield list(torch.func.vmap(pull, chunk_size=chunk_size, randomness="error")(chunk))
+        with vectorized("samples", losses):
+            columns = torch.func.vmap(pull, chunk_size=chunk_size, randomness="error")(chunk)
+        yield list(columns)
 
 
 def alignment(
