@@ -16,6 +16,7 @@ from mtlweight._statistics import all_finite, row_sizes, statistics_dtype, tenso
 from mtlweight._view import Needs, State, View, expect_samples
 from mtlweight._weighting import Level, ReferenceUse, Weighting, wrong_shape
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
+from mtlweight.engines._grad import explain
 from mtlweight.engines._graph import leaves, reentrant
 from mtlweight.engines._inject import Pairs, inject_known
 from mtlweight.engines._parts import called
@@ -214,7 +215,7 @@ class Reference:
             # refuses later ones that keep it, which the rows need.
             short = narrow([loss])
             self.narrow |= short
-            found = gradient(loss, wanted, keep_graph=True, narrow=short) if wanted else ()
+            found = gradient(loss, wanted, keep_graph=True, narrow=short)
             for p, g in zip(wanted, found, strict=True):
                 if g is not None:
                     term = wide(dense(g)) if share == 1 else share * wide(dense(g))
@@ -514,7 +515,6 @@ class Batch:
                 try:
                     engine, values = "pullback", pullback.alignment(losses, parameters, tangents)
                 except RuntimeError as error:
-                    _name_freed_graph(error)
                     cause = forward.cause(error)
             if values is None:
                 plan.warn("pullback", str(cause))
@@ -563,7 +563,7 @@ class Batch:
                 matrix = torch.empty(len(outputs), n, dtype=row_dtype(inputs), device=inputs[0].device)
             return Rows.collect(gradients, inputs, rest, coefficients, matrix)
         except RuntimeError as error:
-            _name_freed_graph(error)
+            explain(error)  # gradients that are read too late
             raise
 
     def _two_backwards(self, weighted: Tensor, plain: Tensor) -> Pairs:
@@ -572,7 +572,7 @@ class Batch:
         rest = [p for p in leaves([plain]) if id(p) not in known]
         keep, short = self._plan.keep_graph, narrow([plain])
         first = gradient(weighted, shared, keep_graph=True, narrow=short)
-        second = gradient(plain, rest, keep_graph=keep, narrow=short) if rest else ()
+        second = gradient(plain, rest, keep_graph=keep, narrow=short)
         return [*zip(shared, first, strict=True), *zip(rest, second, strict=True)]
 
     def _check(self, what: str, values: Tensor, rows: Rows | None = None) -> None:
@@ -601,14 +601,6 @@ def main_scope(
     allowed = {id(p) for p in plan.shared or []} | {id(p) for p in leaves(losses[t] for t in mains if t in losses)}
     kept = [(p, g) for p, g in zip(parameters, tangents, strict=True) if id(p) in allowed]
     return [p for p, _ in kept], [g for _, g in kept]
-
-
-def _name_freed_graph(error: RuntimeError) -> None:
-    if "second time" in str(error) or "freed" in str(error):
-        raise MTLWeightError(
-            "The losses' graph was freed by an earlier backward or combine: expected a fresh graph, found a used one. "
-            "Compute the losses again before each combine, or pass them as a callable."
-        ) from error
 
 
 def _finite(values: Tensor) -> bool:

@@ -54,6 +54,11 @@ def reentrant(outputs: Iterable[Tensor]) -> bool:
     return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(outputs))
 
 
+def compiled(outputs: Iterable[Tensor]) -> set[type]:
+    """The backwards of compiled models in the graph: a type for each model, shape and dtype that was compiled."""
+    return {type(node) for node in _nodes(outputs) if node.name() == "CompiledFunctionBackward"}
+
+
 def _nodes(outputs: Iterable[Tensor]) -> Iterator[Node]:
     stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mtlweight._statistics import all_finite
+from mtlweight.engines._grad import grad
 from mtlweight.engines._graph import dtypes
 
 Gradients = tuple[Tensor | None, ...]
@@ -34,7 +35,9 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
-def gradient(output: Tensor, inputs: Sequence[Tensor], *, keep_graph: bool, narrow: bool) -> Gradients:
+def gradient(
+    output: Tensor, inputs: Sequence[Tensor], *, keep_graph: bool, narrow: bool, check: bool = True
+) -> Gradients:
     """The gradients of a scalar with respect to all inputs; ``None`` where it does not depend on one.
 
     Args:
@@ -42,11 +45,11 @@ def gradient(output: Tensor, inputs: Sequence[Tensor], *, keep_graph: bool, narr
         inputs: leaves or intermediate tensors.
         keep_graph: whether the graph is needed again.
         narrow: whether they pass through float16: they are in float32 then.
+        check: whether a compiled model may be in the graph.
     """
 
     def pull(scale: float, keep: bool) -> Gradients:
-        factor = torch.full_like(output, scale)
-        return torch.autograd.grad(output, inputs, factor, retain_graph=keep, allow_unused=True)
+        return grad([output], inputs, [torch.full_like(output, scale)], retain_graph=keep, check=check)
 
     return unscaled(pull, keep_graph) if narrow else pull(1.0, keep_graph)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mtlweight.engines._grad import grad, vectorized
 from mtlweight.engines._range import Gradients, narrow, unscaled
 
 CHUNK = 32
@@ -33,12 +34,11 @@ def gradients(
     chunks, short = basis.split(chunk_size), narrow(outputs)
 
     def pull(chunk: Tensor, scale: float, keep: bool) -> Gradients:
-        return torch.autograd.grad(
-            stacked, inputs, scale * chunk, retain_graph=keep, allow_unused=True, is_grads_batched=True
-        )
+        return grad([stacked], inputs, [scale * chunk], retain_graph=keep, is_grads_batched=True)
 
     for i, chunk in enumerate(chunks):
         keep = keep_graph or i + 1 < len(chunks)
-        columns = unscaled(functools.partial(pull, chunk), keep) if short else pull(chunk, 1.0, keep)
+        with vectorized("batched", outputs):
+            columns = unscaled(functools.partial(pull, chunk), keep) if short else pull(chunk, 1.0, keep)
         for k in range(len(chunk)):
             yield tuple(None if column is None else column[k] for column in columns)

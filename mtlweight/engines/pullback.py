@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mtlweight.engines._grad import grad
 from mtlweight.engines._graph import once_differentiable
 
 
@@ -30,11 +31,12 @@ def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequ
     """
     stacked = torch.stack(list(losses))
     u = torch.zeros_like(stacked, requires_grad=True)
-    pulled = torch.autograd.grad(stacked, inputs, u, create_graph=True, allow_unused=True)
+    pulled = grad([stacked], inputs, [u], retain_graph=True, check=False, create_graph=True)
     pairs = [(v, g.to(v.dtype)) for v, g in zip(pulled, tangents, strict=True) if v is not None and v.requires_grad]
     if once_differentiable(v for v, _ in pairs):
         raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
     if not pairs:
         return torch.zeros_like(stacked)
-    (products,) = torch.autograd.grad([v for v, _ in pairs], u, [g for _, g in pairs], retain_graph=True)
+    (products,) = grad([v for v, _ in pairs], [u], [g for _, g in pairs], retain_graph=True, check=False)
+    assert products is not None
     return products

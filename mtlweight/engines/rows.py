@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mtlweight.engines._graph import leaves
+from mtlweight.engines._graph import compiled, leaves
 from mtlweight.engines._range import Gradients, gradient, narrow, wide
 
 
@@ -22,14 +22,14 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, keep_graph
         inputs: leaves or intermediate tensors; ``None`` is returned where an output does not depend on one.
         keep_graph: whether the graph is needed again after the last output.
     """
-    short = narrow(outputs)
+    short, check = narrow(outputs), bool(compiled(outputs))
     for i, output in enumerate(outputs):
         mine = inputs
         if len(outputs) > 4:  # not to ask for all other tasks' heads then saves a tenth of the time
             reached = {id(p) for p in leaves([output])}
             mine = [x for x in inputs if not x.is_leaf or id(x) in reached]
         keep = keep_graph or i + 1 < len(outputs)
-        found = gradient(output, mine, keep_graph=keep, narrow=short) if mine else ()
+        found = gradient(output, mine, keep_graph=keep, narrow=short, check=check)
         known = dict(zip(map(id, mine), found, strict=True))
         yield tuple(known.get(id(x)) for x in inputs)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mtlweight.engines._grad import vectorized
 from mtlweight.engines._range import Gradients, narrow, unscaled, wide
 
 CHUNK = 64
@@ -37,7 +38,8 @@ def jacobian(losses: Sequence[Tensor], inputs: Sequence[Tensor], *, chunk_size: 
 
     basis, short = torch.eye(len(flat), dtype=flat.dtype, device=flat.device), narrow(losses)
     for chunk in basis.split(chunk_size):
-        found = unscaled(functools.partial(pull_all, chunk), True) if short else pull_all(chunk, 1.0)
+        with vectorized("samples", losses):
+            found = unscaled(functools.partial(pull_all, chunk), True) if short else pull_all(chunk, 1.0)
         yield [g for g in found if g is not None]
 
 

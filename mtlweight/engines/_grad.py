@@ -1,0 +1,116 @@
+"""``torch.autograd.grad``, with errors that say what to do, and an eye on compiled models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError
+from mtlweight._statistics import all_finite
+from mtlweight.engines._graph import compiled
+
+_REPEATABLE: WeakSet[type] = WeakSet()
+"""Compiled backwards that were seen to run twice on one graph and to find the same."""
+_DIFFERENCE = 0.01
+"""Relative to a gradient's largest entry: more than rounding makes, less than what an overwritten tensor does."""
+_FREED = (
+    "The losses' graph was freed by an earlier backward or combine: expected a fresh graph, found a used one. Compute "
+    "the losses again before each combine, or pass them as a callable."
+)
+_DONATED = (
+    "The backward of a compiled model overwrites what its forward saved ('donated buffers'), so that it cannot run "
+    "more than once, as it must to measure gradients: expected torch._functorch.config.donated_buffer = False, found "
+    "it set to True, or set after the model was compiled, or kernels of such a run in the cache. Set it before the "
+    "model first runs (else call torch._dynamo.reset() too); if that was done, choose a new folder for the "
+    "environment variable TORCHINDUCTOR_CACHE_DIR."
+)
+_CUDA_GRAPHS = (
+    "A CUDA graph of a compiled model has overwritten its own earlier output: expected outputs to be kept until the "
+    "step is taken, found mode='reduce-overhead' or another with CUDA graphs. Compile with mode='default' or "
+    "'max-autotune-no-cudagraphs', or options={'triton.cudagraphs': False}."
+)
+
+
+def explain(error: RuntimeError) -> None:
+    """Raises what to do about an error of torch's that is known; returns for any other."""
+    text = str(error)
+    if "second time" in text or "freed" in text:
+        raise MTLWeightError(_FREED) from error
+    if "donated buffer" in text:
+        raise MTLWeightError(_DONATED) from error
+    if "CUDAGraphs that has been overwritten" in text:
+        raise MTLWeightError(_CUDA_GRAPHS) from error
+
+
+def grad(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool = False,
+    check: bool = True,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """The gradients, ``None`` for inputs that no output depends on.
+
+    The first time that the backward of a compiled model keeps its graph, it runs twice, to see that it can: there are
+    ways to compile it, without an error of torch's, so that the second run is wrong.
+
+    Args:
+        outputs: scalars, or tensors beside their cotangents.
+        inputs: leaves or intermediate tensors.
+        cotangents: gradients that come in.
+        retain_graph: whether the graph is needed again.
+        check: whether a compiled model may be in the graph.
+        options: ``torch.autograd.grad``'s.
+
+    Raises:
+        MTLWeightError: in place of errors of torch's that have a known remedy; and if the two runs differ.
+    """
+
+    def run() -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True, **options)
+
+    if not inputs:
+        return ()
+    try:
+        found = run()
+        fresh = compiled(outputs) - {*_REPEATABLE} if retain_graph and check else None
+        if fresh and all_finite([g for g in found if g is not None]):
+            if not all(map(_same, found, run())):
+                raise MTLWeightError(_DONATED)
+            _REPEATABLE.update(fresh)
+    except RuntimeError as error:
+        explain(error)
+        raise
+    return found
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return not a.numel() or bool((a - b).abs().max() <= _DIFFERENCE * a.abs().max())
+
+
+@contextlib.contextmanager
+def vectorized(engine: str, outputs: Sequence[Tensor]) -> Iterator[None]:
+    """Within the context several backwards run as one, which compiled models refuse: then the error says so.
+
+    Args:
+        engine: its name, for the message.
+        outputs: of the graph.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not compiled(outputs):
+            raise
+        raise MTLWeightError(
+            f"engine={engine!r} runs several backwards at once: expected a model that torch can vectorise, found one "
+            f"under torch.compile ({str(error).splitlines()[0]}). Use engine='rows', or do not compile the model."
+        ) from error
