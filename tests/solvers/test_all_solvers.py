@@ -59,3 +59,13 @@ def test_a_zero_gramian_has_an_answer(name, m):
     weights, residual = SOLVERS[name](np.zeros((m, m)))
     assert np.isfinite(weights).all()
     assert residual == 0.0
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_gramian_that_rounding_left_asymmetric_counts_as_its_symmetric_part(name):
+    J = np.random.default_rng(0).standard_normal((4, 9))
+    G = J @ J.T
+    rounding = 1e-3 * np.triu(G, 1)
+    weights, _ = SOLVERS[name](G + rounding)
+    expected, _ = SOLVERS[name](G + (rounding + rounding.T) / 2)
+    np.testing.assert_allclose(weights, expected, rtol=1e-9)
