@@ -7,6 +7,7 @@ import torch
 
 from mtlweight import MultiTaskOptimizer, Needs, weighting
 from mtlweight.testing._conformance import name_of, per_sample
+from tests.engines.zoo import close
 from tests.optimizer.problems import Problem
 from tests.registry import CASES
 
@@ -91,19 +92,23 @@ def combined(optimizer, p, k, scale=1.0, reference_scale=1.0):
 
 
 def statistics(p, engine, scale=1.0, reference_scale=1.0):
-    """What a weighting sees that reads everything that the engine can measure."""
-    seen = {}
+    """What a weighting sees that reads everything that the engine can measure; and the gradient that it makes of it."""
+    seen, weights = {}, torch.tensor([1 / 3, -1.7], dtype=torch.float64, device=p.device)
 
     @weighting(Needs.GRAMIAN if engine == "features" else ~Needs.NOTHING)
     def reads(view):
         if engine != "features":
             seen.update(losses=view.sample_losses, jacobian=view.jacobian, alignment=view.sample_alignment)
         seen.update(gramian=view.gramian)
-        return torch.ones_like(view.gramian[0])
+        return weights
 
     optimizer = wrapped(p, reads, engine=engine)
-    optimizer.combine(
+    scalar = optimizer.combine(
         lambda: {task: scaled(loss, scale) for task, loss in p.samples().items()},
         reference=lambda: scaled(p.reference(), reference_scale),
     )
+    scalar.backward()
+    if p.dtype == torch.float32 and engine != "features":
+        seen["gradient"] = torch.cat([q.grad.flatten() for q in p.encoder.parameters()])
+        assert close(seen["gradient"], weights @ seen["jacobian"].double(), rounding=1e-6)
     return seen
