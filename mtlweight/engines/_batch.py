@@ -322,8 +322,8 @@ class Batch:
         if measured is None or not measured.reached:
             raise MTLWeightError(
                 "engine='features' found no shared representation in the losses' graph: expected the modules in "
-                "shared=... to be called with gradients enabled since the last step. Call them through their "
-                "forward."
+                "shared=... to be called with gradients enabled since the last step, found none of their outputs (a "
+                "compiled model does not show it). Call them through their forward, or use engine='rows'."
             )
         return self._gramian_of(measured)
 
