@@ -388,8 +388,8 @@ class Batch:
         if measured is None:
             raise MTLWeightError(
                 "engine='features' found no shared representation in the losses' graph: expected the modules in "
-                "shared=... to be called with gradients enabled since the last step. Call them through their "
-                "forward."
+                "shared=... to be called with gradients enabled since the last step, found none of their outputs (a "
+                "compiled model does not show it). Call them through their forward, or use engine='rows'."
             )
         return self._checked(measured)
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mtlweight import MGDA, MTLWeightError
-from tests.engines.test_alignment import combined, on_samples, optimizer_for, oracle, written
-from tests.engines.zoo import BAG, NETWORKS, SEED, Recipe, TwoTasks, alignment, close, jacobian, numbers, problem
+from tests.engines.test_alignment import combined, on_samples, optimizer_for, oracle
+from tests.engines.zoo import BAG, NETWORKS, SEED, Recipe, TwoTasks, alignment, close, numbers, problem
 
 
 class Halve(torch.autograd.Function):
@@ -263,43 +263,6 @@ def test_losses_whose_graph_is_gone_are_an_error_and_no_fallback(engine):
     sum(loss.sum() for loss in losses.values()).backward()
     with pytest.raises(MTLWeightError, match="graph was freed by an earlier backward or combine"):
         optimizer.combine(losses, reference=reference)
-
-
-@pytest.fixture
-def compiled():
-    """A problem whose model is compiled: its backward is torch's, the kernels are eager ones."""
-    torch._dynamo.reset()
-    p = problem(Recipe(lambda: TwoTasks(nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Dropout(0.0)), 4), numbers(5)))
-    p.run = torch.compile(p.model, backend="aot_eager")
-    yield p
-    torch._dynamo.reset()
-
-
-def test_rows_runs_compiled_models(compiled):
-    other = problem(Recipe(lambda: TwoTasks(nn.Sequential(nn.Linear(5, 4), nn.Sigmoid()), 4), numbers(5)))
-    optimizer = optimizer_for(compiled, MGDA())
-    for _ in range(2):
-        optimizer.zero_grad()
-        optimizer.combine(compiled.task_losses).backward()
-        optimizer.step()
-    rows = jacobian(other.task_losses(), other.shared)
-    assert optimizer.report.engine == "rows"
-    assert close(optimizer.report.gramian, rows @ rows.T)
-    assert close(written(compiled.shared), optimizer.report.weights @ rows)
-    assert close(written(compiled.heads), optimizer.report.weights @ jacobian(other.task_losses(), other.heads))
-
-
-def test_alignment_of_compiled_models_falls_back_to_rows(compiled):
-    other = problem(Recipe(lambda: TwoTasks(nn.Sequential(nn.Linear(5, 4), nn.Sigmoid()), 4), numbers(5)))
-    optimizer = optimizer_for(compiled, on_samples)
-    with pytest.warns(UserWarning, match="^mtlweight: ") as record:
-        reports = [combined(compiled, optimizer, compiled.sample_losses) for _ in range(2)]
-    caught = [warning for warning in record if str(warning.message).startswith("mtlweight: ")]
-    assert len(caught) == 2
-    assert "TwoTasks: You must implement the jvp function" in str(caught[0].message)
-    assert "torch.compile with aot_autograd does not currently support double backward" in str(caught[1].message)
-    assert {report.engine for report in reports} == {"rows"}
-    assert all(close(report.alignment, oracle(other, "sample_losses")) for report in reports)
 
 
 @pytest.mark.parametrize("engine", ["auto", "pullback"])
