@@ -184,7 +184,7 @@ class Reference:
                     term = dense(gradient) if share == 1 else share * dense(gradient)
                     total[p] = total[p] + term if p in total else term
 
-        _losses.visit(objective, add, use.main)
+        self.by_name = _losses.visit(objective, add, use.main)
         self.outer = [(p, g) for p, g in total.items() if id(p) in outer]
         self.learnt = [(p, g) for p, g in total.items() if id(p) not in outer] if use.learn else []
         self.parameters = [p for p in total if id(p) in allowed]
