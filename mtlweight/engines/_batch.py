@@ -222,7 +222,7 @@ class Reference:
                     total[p] = total[p] + term if p in total else term
 
         def gradients() -> dict[Tensor, Tensor]:
-            _losses.visit(objective, add, use.main)
+            self.by_name = _losses.visit(objective, add, use.main)
             return total
 
         own = total

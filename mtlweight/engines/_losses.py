@@ -164,7 +164,7 @@ def deferred(given: Any) -> bool:
     return callable(given) and not isinstance(given, Tensor)
 
 
-def visit(reference: Any, each: Callable[[float, Tensor], None], mains: Sequence[str] = (), share: float = 1.0) -> None:
+def visit(reference: Any, each: Callable[[float, Tensor], None], mains: Sequence[str] = (), share: float = 1.0) -> bool:
     """Evaluates the scalars that a reference consists of, one after the other.
 
     Args:
@@ -173,6 +173,9 @@ def visit(reference: Any, each: Callable[[float, Tensor], None], mains: Sequence
         each: called with the share of a scalar, and the scalar, before the next one is evaluated.
         mains: the tasks that a mapping must name.
         share: the share of all of it.
+
+    Returns:
+        bool: whether all of it was given by name.
 
     Raises:
         MTLWeightError: if it is anything else.
@@ -188,11 +191,12 @@ def visit(reference: Any, each: Callable[[float, Tensor], None], mains: Sequence
             )
         for part in reference.values():
             visit(part, each, mains, share)
-    elif isinstance(reference, (list, tuple)) and reference:
-        for part in reference:
-            visit(part, each, mains, share / len(reference))
-    else:
-        each(share, scalar(reference))
+        return True
+    if isinstance(reference, (list, tuple)) and reference:
+        named = [visit(part, each, mains, share / len(reference)) for part in reference]
+        return all(named)
+    each(share, scalar(reference))
+    return False
 
 
 def scalar(reference: Any) -> Tensor:

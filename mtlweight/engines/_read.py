@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,8 +36,8 @@ def read(losses: Any, reference: Any, plan: Plan) -> Batch:
     batch = _read(losses, reference, plan)
     # Weights compare with the reference; they tell the main tasks by their names alone, so that a wrong one is silent.
     mains, present = plan.use.main if plan.use is not None else (), {*plan.tasks, *batch.tasks}
-    named = all(isinstance(each, Mapping) for each in (reference if isinstance(reference, list) else [reference]))
-    if mains and present and reference is not None and not named and not present & {*mains}:
+    compared = batch._reference is not None and Needs.ALIGNMENT in plan.needs
+    if mains and present and compared and not present & {*mains} and not batch._with_reference().by_name:
         raise MTLWeightError(
             f"{plan.name}: expected the main task {' or '.join(map(repr, mains))} among the tasks, found "
             f"{', '.join(batch.tasks)}. Pass the name of one of them; or, if it has no loss here, the reference by "

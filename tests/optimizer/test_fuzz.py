@@ -298,8 +298,13 @@ class Loop(RuleBasedStateMachine):
         self.optimizer.zero_grad(set_to_none=to_none)
         self.hand.inner.zero_grad(set_to_none=to_none)
 
-    @rule(k=batches, tasks=some_tasks, bad=bad_tasks)
-    def train(self, k, tasks, bad):
+    @rule(
+        k=batches,
+        tasks=some_tasks,
+        bad=bad_tasks,
+        between=st.sampled_from(["nothing", "nothing", "a copy", "a load", "another combine", "a spoilt gradient"]),
+    )
+    def train(self, k, tasks, bad, between):
         self.zero_grad(True)
         try:
             ours, theirs = self.combined(k, tasks, bad)
@@ -307,7 +312,15 @@ class Loop(RuleBasedStateMachine):
             return
         ours.backward()
         theirs()
-        self.stepped(self.optimizer.step)
+        if between == "a copy":
+            self.go_on_with_a_copy(copy.deepcopy)
+        elif between == "a load" and self.saved:
+            self.load(-1)
+        elif between == "another combine":
+            self.combine(k + 1, TASKS, bad)
+        elif between == "a spoilt gradient":
+            self.spoil_a_gradient(torch.inf)
+        self.step()
 
     @rule(k=batches, tasks=some_tasks, bad=bad_tasks)
     def train_with_a_closure(self, k, tasks, bad):

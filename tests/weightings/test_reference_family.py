@@ -251,13 +251,25 @@ def test_a_main_task_that_was_never_there_says_so(each):
         optimizer.combine(p.samples, reference=p.reference)
 
 
-def test_a_main_task_may_be_absent_later_or_have_a_held_out_loss_alone():
+def test_a_main_task_may_be_absent_later():
     p = Problem(TASKS)
     optimizer = wrapped(p, OLAUX("left"))
     step(optimizer, p.losses, reference=p.reference)
     step(optimizer, lambda: p.losses(1, tasks=("middle", "right")), reference=p.reference)
     assert optimizer.report.tasks == ("middle", "right")
-    q = Problem(TASKS)
-    optimizer = wrapped(q, OLAUX("left"))
-    step(optimizer, lambda: q.losses(1, tasks=("middle", "right")), reference={"left": q.reference})
+
+
+BY_NAME = {
+    "mapping": lambda p: {"left": p.reference()},
+    "mapping of callables": lambda p: {"left": p.reference},
+    "callable": lambda p: lambda: {"left": p.reference()},
+    "list of callables": lambda p: [lambda: {"left": p.reference()}] * 2,
+}
+
+
+@pytest.mark.parametrize("form", list(BY_NAME.values()), ids=list(BY_NAME))
+def test_a_main_task_may_have_a_held_out_loss_alone_if_that_is_given_by_name(form):
+    p = Problem(TASKS)
+    optimizer = wrapped(p, OLAUX("left"))
+    step(optimizer, lambda: p.losses(1, tasks=("middle", "right")), reference=form(p))
     assert optimizer.report.tasks == ("middle", "right")
