@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure, SubFigure
 
-from examples.causal.reversed_digits import CEILING, DIFFICULTIES, KNOB, PLAIN, STUDY
+from examples.causal.reversed_digits import DIFFICULTIES, KNOB, PLAIN, STUDY
 from examples.causal.study import PAGE
 
 CAUSAL, ORDINARY, GREY, PALE = "#1b6ca8", "#c8402f", "#6f757c", "#e4e6e9"
@@ -78,11 +78,7 @@ def difficulty(path: Path, runs: Runs) -> None:
     head.text(0.01, 0.3, title, size=15, weight="bold")
     left, right = body.subplots(1, 2, sharey=True)
     levels = sorted({*DIFFICULTIES, PLAIN.dropped})
-    for method, label, colour in (
-        (CEILING, "labels that never agreed more", GREY),
-        ("multi-task", "ordinary training", ORDINARY),
-        ("MT-CRL", "MT-CRL", CAUSAL),
-    ):
+    for method, label, colour in (("multi-task", "ordinary training", ORDINARY), ("MT-CRL", "MT-CRL", CAUSAL)):
         rows = [method if level == PLAIN.dropped else f"{method}, {level:.0%} dropped" for level in levels]
         accuracy, says = (
             [mean(run[row][key] for run in runs if row in run) for row in rows]
