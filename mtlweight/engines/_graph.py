@@ -41,7 +41,9 @@ def bypassed(outputs: Iterable[Tensor], views: Mapping[Tensor, Tensor]) -> list[
 def dtypes(outputs: Iterable[Tensor]) -> set[torch.dtype]:
     """The dtypes of the gradients that a backward from ``outputs`` computes; of a compiled model's, its ends' alone."""
     outputs = list(outputs)
-    return {x.dtype for x in outputs} | {each.dtype for node in _nodes(outputs) for each in node._input_metadata}
+    return {x.dtype for x in outputs} | {
+        each.dtype for node in _nodes(outputs) for each in getattr(node, "_input_metadata", ())
+    }
 
 
 def once_differentiable(outputs: Iterable[Tensor]) -> bool:
