@@ -376,6 +376,14 @@ def test_each_weighs_every_micro_batch_by_itself_and_the_state_sees_all_of_them(
         assert optimizer.report.step == k + 1
 
 
+def test_each_begins_anew_after_a_step_that_came_early():
+    p = Problem()
+    (optimizer,) = optimizers(Counting(), p)
+    accumulated(optimizer, micro_batches(p)[:2], count=4, weigh="each")
+    accumulated(optimizer, micro_batches(p, cuts=[slice(0, 3)] * 4), weigh="each")
+    assert own(optimizer)["state"]["count"] == 2 + 4
+
+
 def test_each_takes_losses_that_are_computed_already_and_scalars():
     p, q = Problem(), Problem()
     optimizer, other = optimizers(UW(step_size=0.5), p, q)
