@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mtlweight
-from mtlweight import MultiTaskOptimizer, Needs
+from mtlweight import MGDA, MultiTaskOptimizer, Needs, SLGrad
 from tests.engines.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem
 
 # Some operators' backward has no batching rule: torch loops over it and says so, once in a process.
@@ -249,3 +249,35 @@ def test_measuring_leaves_the_random_state_and_the_buffers_as_the_forward_pass_l
     )
     optimizer.combine(losses).backward()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Added(torch.nn.Module):
+    """Two parameters that are added: autograd gives both the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+
+    def forward(self, x):
+        return x + (self.first + self.second)
+
+
+@pytest.mark.parametrize("heads", ["weighted", "unweighted"])
+@pytest.mark.parametrize("engine", ["forward", "pullback", "samples", "rows", "batched", "features"])
+def test_a_gradient_that_is_changed_in_place_changes_no_other(engine, heads):
+    model, x = Added(), torch.ones(4, 3)
+    weighting = MGDA() if engine in ("batched", "features") else SLGrad("a")
+    optimizer = MultiTaskOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), weighting, shared=model, engine=engine, heads=heads
+    )
+
+    def losses():
+        return {"a": model(x).square().mean(dim=1), "b": (model(x) - 1).square().mean(dim=1)}
+
+    for _ in range(2):  # the second backward adds to what is there
+        optimizer.combine(losses, reference=lambda: losses()["a"]).backward()
+        torch.testing.assert_close(model.first.grad, model.second.grad)
+        before = model.second.grad.clone()
+        model.first.grad.mul_(0.5)
+        assert torch.equal(model.second.grad, before)
+        model.second.grad.mul_(0.5)
