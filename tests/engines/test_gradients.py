@@ -272,7 +272,8 @@ def test_a_gradient_that_is_changed_in_place_changes_no_other(engine, heads):
     )
 
     def losses():
-        return {"a": model(x).square().mean(dim=1), "b": (model(x) - 1).square().mean(dim=1)}
+        y = model(x)
+        return {"a": y.square().mean(dim=1), "b": (y - 1).square().mean(dim=1)}
 
     for _ in range(2):  # the second backward adds to what is there
         optimizer.combine(losses, reference=lambda: losses()["a"]).backward()
