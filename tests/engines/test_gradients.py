@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mtlweight
-from mtlweight import MGDA, MultiTaskOptimizer, Needs, SLGrad
+from mtlweight import MultiTaskOptimizer, Needs
 from tests.engines.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem
 
 # Some operators' backward has no batching rule: torch loops over it and says so, once in a process.
@@ -266,7 +266,7 @@ class Added(torch.nn.Module):
 @pytest.mark.parametrize("engine", ["forward", "pullback", "samples", "rows", "batched", "features"])
 def test_a_gradient_that_is_changed_in_place_changes_no_other(engine, heads):
     model, x = Added(), torch.ones(4, 3)
-    weighting = MGDA() if engine in ("batched", "features") else SLGrad("a")
+    weighting = mtlweight.MGDA() if engine in ("batched", "features") else mtlweight.SLGrad("a")
     optimizer = MultiTaskOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), weighting, shared=model, engine=engine, heads=heads
     )
