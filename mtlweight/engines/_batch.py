@@ -140,8 +140,8 @@ class Plan:
     def expect_columns(self, inputs: list[Tensor]) -> None:
         """Raises if the Jacobian's columns are other ones than those that the weighting's state is about."""
         place = {id(p): k for k, p in enumerate(self.every)}
-        now = torch.tensor([[place.get(id(p), -1), p.numel()] for p in inputs])
-        known = self.memory.setdefault("columns", now)
+        now = torch.tensor([[place.get(id(p), -1), p.numel()] for p in inputs], device="cpu")
+        known = self.memory.setdefault("columns", now).cpu()  # loaded, it may be anywhere
         if torch.equal(known, now):
             return
         before, n = (int(columns[:, 1].sum()) for columns in (known, now))
@@ -411,9 +411,7 @@ class Batch:
         try:
             self._check("gradient's product with the reference's gradient", values)
         except NonFiniteError:
-            self._with_reference().expect_finite(
-                self._plan
-            )  # only now, since to ask makes the host wait for the device
+            self._with_reference().expect_finite(self._plan)  # only now: to ask makes the host wait for the device
             raise
         return values
 

@@ -123,7 +123,8 @@ class Rows:
             for j, vector in enumerate(row):
                 if vector is not None:
                     mine = self.vectors[t][j]
-                    self.vectors[t][j] = vector if mine is None else mine.add_(vector)
+                    # Not in place: autograd may give one gradient to two inputs, or one number for many entries.
+                    self.vectors[t][j] = vector if mine is None else mine + vector
 
     def subset(self, keep: Sequence[int]) -> Rows:
         """Some of the rows."""

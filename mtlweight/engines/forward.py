@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,7 @@ def losses_and_tangents(
                 p: forward_ad.make_dual(p, g.to(p.dtype).reshape(p.shape))
                 for p, g in zip(parameters, tangents, strict=True)
             }
+            _own_gradients(duals.values())
             swapped = {name: dual for p, dual in duals.items() for name in names[id(p)]}
             with _Corrections(), sdpa_kernel(SDPBackend.MATH):
                 returned = torch.func.functional_call(module, swapped, (), tie_weights=False)
@@ -128,6 +129,25 @@ def losses_and_tangents(
     except RuntimeError:
         restore()
         raise
+
+
+def _own_gradients(duals: Iterable[Tensor]) -> None:
+    """Lets no two parameters share the memory of their gradient, where changes in place would act on both.
+
+    Of two that were added torch copies the one gradient; but not if it comes by way of two dual numbers.
+    """
+    seen: set[int] = set()
+
+    def own(gradient: Tensor) -> Tensor | None:
+        place = gradient.untyped_storage().data_ptr()
+        if place in seen:
+            return gradient.clone()
+        seen.add(place)
+        return None
+
+    for dual in duals:
+        if dual.requires_grad:  # not without gradients, of which the losses will say more
+            dual.register_hook(own)
 
 
 def cause(error: BaseException) -> str:

@@ -259,3 +259,36 @@ def test_measuring_leaves_the_random_state_and_the_buffers_as_the_forward_pass_l
     )
     optimizer.combine(losses).backward()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Added(torch.nn.Module):
+    """Two parameters that are added: autograd gives both the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+
+    def forward(self, x):
+        return x + (self.first + self.second)
+
+
+@pytest.mark.parametrize("heads", ["weighted", "unweighted"])
+@pytest.mark.parametrize("engine", ["forward", "pullback", "samples", "rows", "batched", "features"])
+def test_a_gradient_that_is_changed_in_place_changes_no_other(engine, heads):
+    model, x = Added(), torch.ones(4, 3)
+    weighting = mtlweight.MGDA() if engine in ("batched", "features") else mtlweight.SLGrad("a")
+    optimizer = MultiTaskOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), weighting, shared=model, engine=engine, heads=heads
+    )
+
+    def losses():
+        y = model(x)
+        return {"a": y.square().mean(dim=1), "b": (y - 1).square().mean(dim=1)}
+
+    for _ in range(2):  # the second backward adds to what is there
+        optimizer.combine(losses, reference=lambda: losses()["a"]).backward()
+        torch.testing.assert_close(model.first.grad, model.second.grad)
+        before = model.second.grad.clone()
+        model.first.grad.mul_(0.5)
+        assert torch.equal(model.second.grad, before)
+        model.second.grad.mul_(0.5)

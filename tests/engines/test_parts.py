@@ -219,3 +219,26 @@ def test_a_part_whose_only_task_is_dropped_is_as_if_it_were_not_there(by):
     step(wrap(q, by, shared=q.encoder), lambda: {**q.samples(), "right": None}, reference=q.reference)
     assert dict(dropping.report.dropped) == {"right": 1}
     same_numbers(p.parameters(), q.parameters(), rtol=1e-9)
+
+
+class Added(nn.Module):
+    """Two long parameters that are added: autograd gives both the same gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.zeros(1 << 17, dtype=torch.float64)) for _ in range(2))
+
+    def losses(self, x):
+        total = self.first + self.second
+        return {"left": (x * total).sum(dim=1) + 1, "right": (x.square() * total).sum(dim=1) + total.sum()}
+
+
+def test_parameters_that_share_one_gradient_get_each_their_own_in_parts_too():
+    x = torch.randn(4, 1 << 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for cuts in ([slice(0, 4)], [slice(0, 1), slice(1, 3), slice(3, 4)]):
+        model = Added()
+        optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), MGDA(), shared=model)
+        step(optimizer, [functools.partial(model.losses, x[cut]) for cut in cuts])
+        found.append((optimizer.report.gramian, model.first.grad, model.second.grad))
+    same_numbers(found[1], found[0], rtol=1e-9)

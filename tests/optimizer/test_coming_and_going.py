@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import io
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from mtlweight import DBMTL, MGDA, UW, ExcessMTL, MoCo, MTLWeightError, MultiTaskOptimizer, Needs, SLGrad, View
 from mtlweight._statistics import Given, tensors_of
 from mtlweight._weighting import ReferenceUse, evaluate
-from tests.optimizer.problems import Problem, same, step
+from tests.optimizer.problems import DEVICES, Problem, same, step
 from tests.registry import CASES
 
 MEASURED = Needs.GRAMIAN | Needs.JACOBIAN | Needs.ALIGNMENT
@@ -194,13 +195,15 @@ def test_every_engine_sees_shared_parameters_that_change_in_mid_training(engine)
     assert went_on["parameters"].keys() > unchanged["parameters"].keys()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("weighting", "in_parts"),
     [(MoCo(), False), (DBMTL(), False), (ExcessMTL(), False), (UW() >> MoCo(), False), (ExcessMTL(), True)],
 )
-def test_a_state_about_entries_refuses_other_parameters_even_if_they_have_as_many_entries(weighting, in_parts):
-    p = Problem()
-    p.model.encoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 5)).double()
+def test_a_state_about_entries_refuses_other_parameters_even_if_they_have_as_many_entries(weighting, in_parts, device):
+    p = Problem(device=device)
+    p.model.encoder = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 5))
+    p.model.to(device, p.dtype)
     optimizer, layers = wrap(p, weighting), (p.encoder[0], p.encoder[2])
 
     def trained(optimizer, k, first, second):
@@ -210,12 +213,17 @@ def test_a_state_about_entries_refuses_other_parameters_even_if_they_have_as_man
         step(optimizer, [part] if in_parts else part)
 
     trained(optimizer, 0, True, False)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    optimizer.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+    trained(optimizer, 1, True, False)
     optimizer.zero_grad()
     before = p.everything(optimizer)
     with pytest.raises(MTLWeightError, match=r"remembers a number .* the .* 45 entries, found .* 45\. .* anew"):
-        trained(optimizer, 1, False, True)
+        trained(optimizer, 2, False, True)
     assert same(p.everything(optimizer), before)
     anew = wrap(p, weighting)  # as the message says
-    trained(anew, 1, False, True)
-    trained(optimizer, 1, True, False)
-    assert (optimizer.report.step, anew.report.step) == (2, 1)
+    trained(anew, 2, False, True)
+    trained(optimizer, 2, True, False)
+    assert (optimizer.report.step, anew.report.step) == (3, 1)
