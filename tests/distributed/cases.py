@@ -48,6 +48,8 @@ def variants():
         yield f"{w!r}, one process without labels", Run(w, masked={0: ("0", "1", "2")})
     for w in (DWA(), CAGrad(), GradDrop(), L2RW(), chain):
         yield f"{w!r}, a task absent in one process", Run(w, absent={0: ("2",)}, dynamic=True)
+        everything = Run(w, absent={0: ("2",)}, dynamic=True, options={"shared": "model"})
+        yield f"{w!r}, everything shared, a task absent in one process", everything
     yield "UW(), scalar losses, a task absent in one process", Run(UW(), scalars=True, absent={0: ("2",)}, dynamic=True)
     yield "MGDA(), scalar losses, tasks absent", Run(MGDA(), scalars=True, absent={0: ("2",), 1: ("0",)}, dynamic=True)
     yield "MGDA(), a task absent everywhere", Run(MGDA(), absent=dict.fromkeys(range(4), ("2",)), dynamic=True)
