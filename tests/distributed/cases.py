@@ -75,8 +75,13 @@ def options():
 
 
 def parity(count):
-    """What is to be the same in one process and in several."""
-    found = {repr(case.weighting): Run(case.weighting, 3 if 3 in case.tasks else case.tasks[0]) for case in CASES}
+    """What is to be the same in one process and in several: each weighting, once for each thing that it reads."""
+    by_reading = {}
+    for case in CASES:
+        w = case.weighting
+        name = repr(w) if hasattr(w, "parts") else type(w).__name__
+        by_reading.setdefault((name, w.needs, w.reference), Run(w, 3 if 3 in case.tasks else case.tasks[0]))
+    found = {repr(run.weighting): run for run in by_reading.values()}
     if count > 2:  # every weighting with two processes, every level with more
         levels = (UW(), FAMO(), RLW(), MGDA(), PCGrad(), NashMTL(), GradDrop(), SLGrad("0"), L2RW())
         return {**{repr(w): found[repr(w)] for w in levels}, **dict(variants())}
