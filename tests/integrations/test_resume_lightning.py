@@ -10,11 +10,6 @@ from tests.optimizer.problems import same
 from tests.optimizer.resumable import COMBINED, HALF, TRAININGS
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`isinstance:FutureWarning",  # of torch, in Lightning
-    "ignore:.*does not have many workers",
-    "ignore:.*smaller than the logging interval",
-)
 NAMES = [*map(repr, COMBINED), *(name for name in TRAININGS if name.startswith("the graph"))]
 
 
