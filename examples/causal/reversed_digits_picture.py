@@ -78,7 +78,10 @@ def difficulty(path: Path, runs: Runs) -> None:
     head.text(0.01, 0.3, title, size=15, weight="bold")
     left, right = body.subplots(1, 2, sharey=True)
     levels = sorted({*DIFFICULTIES, PLAIN.dropped})
-    for method, label, colour in (("multi-task", "ordinary training", ORDINARY), ("MT-CRL", "MT-CRL", CAUSAL)):
+    for method, label, colour, side in (
+        ("multi-task", "ordinary training", ORDINARY, "left"),
+        ("MT-CRL", "MT-CRL", CAUSAL, "right"),
+    ):
         rows = [method if level == PLAIN.dropped else f"{method}, {level:.0%} dropped" for level in levels]
         accuracy, says = (
             [mean(run[row][key] for run in runs if row in run) for row in rows]
@@ -87,11 +90,12 @@ def difficulty(path: Path, runs: Runs) -> None:
         left.plot(levels, accuracy, "o-", color=colour, linewidth=3, label=label)
         right.plot(says, accuracy, "o-", color=colour, linewidth=3)
         for x, y, level in zip(says, accuracy, levels, strict=True):
-            right.annotate(f"{level:.0%}", (x, y), (7, 5), textcoords="offset points", color=colour, size=10)
+            offset = (7 if side == "left" else -7, 4)
+            right.annotate(f"{level:.0%}", (x, y), offset, textcoords="offset points", color=colour, size=10, ha=side)
     left.legend(frameon=False, loc="lower left")
     left.set(xlabel="pixels of its own digit that are dropped", ylabel="task a right, under shift")
     left.set_xticks(levels, [f"{level:.0%}" for level in levels])
-    right.set(xlabel="task a gives b's digit as its answer, under shift (labels: pixels dropped)")
+    right.set(xlabel="task a gives b's digit as its answer, under shift (labels: pixels dropped)", xlim=(0, 0.5))
     right.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
     left.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
     for axes in (left, right):

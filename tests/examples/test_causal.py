@@ -119,7 +119,7 @@ def test_a_module_that_sees_one_half_has_no_gradient_on_the_other():
 
 def test_the_share_of_a_gradient_on_the_right_is_one_if_nothing_else_is_read_and_a_half_if_all_of_it_is():
     images = torch.randn(3, 1, 28, 56)
-    assert reversed_digits.on_the_right(lambda x: x[..., 28:].square().sum(dim=(1, 2, 3)), images) == 1
+    assert reversed_digits.on_the_right(lambda x: x[..., 28:].square().sum(dim=(1, 2, 3)), images) == pytest.approx(1)
     assert reversed_digits.on_the_right(lambda x: x[..., :28].square().sum(dim=(1, 2, 3)), images) == 0
     assert reversed_digits.on_the_right(lambda x: x.sum(dim=(1, 2, 3)), images) == pytest.approx(0.5)
 
