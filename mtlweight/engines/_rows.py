@@ -123,8 +123,10 @@ class Rows:
             for j, vector in enumerate(row):
                 if vector is not None:
                     mine = self.vectors[t][j]
-                    # Not in place: autograd may give one gradient to two inputs, or one number for many entries.
-                    self.vectors[t][j] = vector if mine is None else mine + vector
+                    if self.matrix is not None:
+                        self.matrix[t] += vector
+                    else:  # not in place: autograd may give one gradient to two inputs, or one number for many entries
+                        self.vectors[t][j] = vector if mine is None else mine + vector
 
     def subset(self, keep: Sequence[int]) -> Rows:
         """Some of the rows."""

@@ -139,7 +139,10 @@ def _own_gradients(duals: Iterable[Tensor]) -> None:
     seen: set[int] = set()
 
     def own(gradient: Tensor) -> Tensor | None:
-        place = gradient.untyped_storage().data_ptr()
+        try:
+            place = gradient.untyped_storage().data_ptr()
+        except NotImplementedError:  # several gradients at once, which are for nobody to change in place
+            return None
         if place in seen:
             return gradient.clone()
         seen.add(place)
