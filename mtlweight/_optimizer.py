@@ -463,7 +463,7 @@ class MultiTaskOptimizer(Optimizer):
         having = [p for p in parameters if p.grad is not None]
         values, processes = local([p.grad for p in having]), r.processes and r.processes.active
         finite = all_finite(values)
-        if finite if processes is None else processes.agree(finite, parameters):
+        if finite if processes is None else processes.agree(finite, parameters, averaged=r.averaged):
             if processes is not None and not r.averaged:
                 processes.expect_averaged(values, parameters)
                 r.averaged = True

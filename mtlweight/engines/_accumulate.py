@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import CellType, CodeType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ class Accumulation:
         if self.parts and not self.complete:
             raise MTLWeightError(
                 f"accumulate: expected step() after {self.total} micro-batches, found it after {self.count}, which "
-                "wait for the others and have no gradient yet. Say which one is the last: accumulate(..., last=...), "
+                "wait for the last one and have no gradient yet. Say which one is the last: accumulate(..., last=...), "
                 "such as last=accelerator.sync_gradients; or drop the loader's incomplete last batches."
             )
 
@@ -150,19 +150,28 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, (int, float, str)) and type(a) is type(b) and a == b)
 
 
-def _outside(given: Any) -> list[tuple[str, Any]]:
+def _outside(given: Any, seen: set[int] | None = None) -> list[tuple[str, Any]]:
     """What callables, or collections of these, find outside themselves at present: variables that a loop may rebind."""
+    seen = set() if seen is None else seen
     if isinstance(given, (list, tuple, Mapping)):
         several = given.values() if isinstance(given, Mapping) else given
-        return [pair for one in several for pair in _outside(one)]
+        return [pair for one in several for pair in _outside(one, seen)]
     function = inspect.unwrap(given) if callable(given) else given
     while isinstance(function, functools.partial):
         function = function.func
+    if callable(function) and not hasattr(function, "__code__"):
+        function = type(function).__call__
+    if id(function) in seen:
+        return []
+    seen.add(id(function))
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     if not isinstance(code, CodeType):
         return []
     values = [(name, function.__globals__.get(name)) for name in _globals(code)]
-    return values + [(name, _contents(cell)) for name, cell in zip(code.co_freevars, cells or (), strict=True)]
+    values += [(name, _contents(cell)) for name, cell in zip(code.co_freevars, cells or (), strict=True)]
+    # What it calls may look outside in its turn; functions of other files do not look at the loop.
+    called = [v for _, v in values if isinstance(v, FunctionType) and v.__globals__ is function.__globals__]
+    return values + [pair for one in called for pair in _outside(one, seen)]
 
 
 def _contents(cell: CellType) -> Any:

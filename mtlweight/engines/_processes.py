@@ -183,9 +183,9 @@ class Processes:
             if known
         }
 
-    def agree(self, fine: bool, parameters: Sequence[Tensor]) -> bool:
+    def agree(self, fine: bool, parameters: Sequence[Tensor], *, averaged: bool) -> bool:
         """Whether all is fine everywhere; where all processes have the same gradients, they know without asking."""
-        if not sharded(parameters):
+        if averaged and not sharded(parameters):
             return fine
 
         def fill(wrong: Tensor) -> None:

@@ -297,16 +297,40 @@ def losses_of_a_global(p):
     return lambda: part_of(p, *batch)
 
 
-@pytest.mark.parametrize("where", ["a variable of the function", "a global", "the reference", "under autocast"])
+class LossesOfAGlobal:
+    def __init__(self, p):
+        self.p = p
+
+    def __call__(self):
+        return part_of(self.p, *batch)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "a variable of the function",
+        "a global",
+        "a function that it calls",
+        "an object that is called",
+        "the reference",
+        "under autocast",
+    ],
+)
 def test_a_callable_that_takes_its_data_from_the_loop_is_an_error_that_names_the_variable(where):
     global batch  # noqa: PLW0603
     p = Problem()
     (optimizer,) = optimizers(SLGrad("left"), p)
-    name = "batch" if where == "a global" else "mine"
+    inner = losses_of_a_global(p)
+    given = {
+        "a global": inner,
+        "a function that it calls": lambda: inner(),  # noqa: PLW0108
+        "an object that is called": LossesOfAGlobal(p),
+    }
+    name = "batch" if where in given else "mine"
     with torch.autocast("cpu", torch.bfloat16, enabled=where == "under autocast"), optimizer.accumulate(3):
         for i, cut in enumerate(CUTS):
             batch = mine = (0, cut)
-            part = losses_of_a_global(p) if where == "a global" else (lambda: part_of(p, *mine))  # noqa: B023
+            part = given.get(where, lambda: part_of(p, *mine))  # noqa: B023
             reference = p.reference
             if where == "the reference":
                 part = functools.partial(part_of, p, *mine)
