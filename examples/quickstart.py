@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps on few images, to see that it runs")
     parser.add_argument("--output", type=Path, help="where the picture goes (default: docs/images/quickstart.png)")
     options = parser.parse_args()
-    steps = 20 if options.quick else options.steps
+    steps = 8 if options.quick else options.steps
     sizes = {"train": 1_000, "test": 200} if options.quick else {}
     output = options.output or Path(__file__).parents[1] / "docs" / "images" / "quickstart.png"
 

@@ -31,10 +31,10 @@ def test_the_examples_quick_form_prints_its_table_and_saves_the_picture(tmp_path
     assert "/80 " in done.stderr  # the progress bar: 2 seeds, 2 trainings, 20 steps
 
 
-def test_seeds_run_as_processes_of_their_own_are_collected_into_the_pages_table(tmp_path, monkeypatch, capsys):
-    options = ["--quick", "--only", "multi-task, one module", "MT-CRL", "--json", tmp_path]
+def test_seeds_that_are_run_one_by_one_are_collected_into_the_pages_table(tmp_path, monkeypatch, capsys):
+    options = ["--quick", "--only", "multi-task, one module", "MT-CRL", "--json", str(tmp_path)]
     for seed in (0, 1):
-        run("-m", "examples.causal.oracle_problem", "--seed", seed, *options)
+        oracle_problem.STUDY.main("", ["--seed", str(seed), *options])
     numbers = json.loads((tmp_path / "oracle problem-1.json").read_text())
     assert {*numbers} == {"multi-task, one module", "MT-CRL"}
     page = tmp_path / "page.md"

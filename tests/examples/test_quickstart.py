@@ -46,7 +46,7 @@ def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture(tmp_path):
             assert float(ratio) == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000
-    assert "/240 " in done.stderr  # the progress bar: 2 seeds, 6 methods, 20 steps
+    assert "/96 " in done.stderr  # the progress bar: 2 seeds, 6 methods, 8 steps
 
 
 def test_sixty_percent_of_the_left_training_labels_are_the_next_digit(data):

@@ -2,9 +2,10 @@ import gzip
 import importlib.util
 import json
 import pickle
+import runpy
 import shlex
-import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -30,12 +31,20 @@ ROWS = [
 ]
 
 
-def python(*arguments: object) -> str:
-    quiet = ["-W", "error", "-W", "ignore::DeprecationWarning"]  # torch's own, at its first dual number
-    command = [sys.executable, *quiet, *map(str, arguments)]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def python(monkeypatch, capsys):
+    """Runs ``python -m MODULE ...`` here: to start a process for each would take most of the time."""
+
+    def run(dash_m, module, *arguments):
+        assert dash_m == "-m"
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, at its first dual number
+            warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -46,7 +55,10 @@ def python(*arguments: object) -> str:
         ("label_flips", "label_flips_mnist", "background", 1),
     ],
 )
-def test_its_quick_form_runs_a_process_a_seed_and_collects_tables_and_pictures(tmp_path, script, study, setup, seeds):
+def test_its_quick_form_runs_a_job_a_seed_and_collects_tables_and_pictures(
+    tmp_path, monkeypatch, python, script, study, setup, seeds
+):
+    monkeypatch.chdir(ROOT)
     module = f"examples.slgrad.{script}"
     options = ["--study", study, "--json", tmp_path]
     jobs = python("-m", module, *options, "--setup", setup, "--quick", "--jobs", seeds).splitlines()
