@@ -11,10 +11,7 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
     print_blob=True,
     derandomize=True,
-    max_examples=50,
 )
-# For the share of mutants that the tests find: docs/testing.md.
-hypothesis.settings.register_profile("mutants", hypothesis.settings.get_profile("mtlweight"), max_examples=100)
 # For releases, new examples in every run: pytest --hypothesis-profile=thorough
 hypothesis.settings.register_profile(
     "thorough", hypothesis.settings.get_profile("mtlweight"), max_examples=2000, derandomize=False
