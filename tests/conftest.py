@@ -1,3 +1,4 @@
+import gc
 import os
 
 import hypothesis
@@ -22,3 +23,10 @@ os.environ["MPLBACKEND"] = "agg"  # also for the scripts that tests start
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+
+
+def pytest_collection_finish():
+    """Ten thousand tests and torch's modules live to the end: the garbage collector need not look at them each time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)

@@ -1,7 +1,5 @@
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,23 +10,16 @@ from examples.causal import oracle_problem, reversed_digits, reversed_digits_pic
 ROOT = Path(study.__file__).parents[2]
 
 
-def run(*arguments, cwd=ROOT):
-    command = [sys.executable, "-W", "error", *map(str, arguments)]
-    done = subprocess.run(command, check=False, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def test_the_examples_quick_form_prints_its_table_and_saves_the_picture(tmp_path):
+def test_the_examples_quick_form_prints_its_table_and_saves_the_picture(tmp_path, python):
     picture = tmp_path / "new folder" / "causal.png"
-    done = run(ROOT / "examples/causal_modules.py", "--quick", "--seeds", "2", "--output", picture, cwd=tmp_path)
-    rows = {line[:34].strip(): line[34:].split() for line in done.stdout.splitlines()}
+    done = python(ROOT / "examples/causal_modules.py", "--quick", "--seeds", "2", "--output", picture)
+    rows = {line[:34].strip(): line[34:].split() for line in done.out.splitlines()}
     for name in ("knows its causes alone", "ordinary training", "causal modules"):
         accuracies = [float(cell) for cell in rows[name][::3]]
         assert len(accuracies) == 3
         assert all(0 <= accuracy <= 1 for accuracy in accuracies)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "/80 " in done.stderr  # the progress bar: 2 seeds, 2 trainings, 20 steps
+    assert "/80 " in done.err  # the progress bar: 2 seeds, 2 trainings, 20 steps
 
 
 def test_seeds_that_are_run_one_by_one_are_collected_into_the_pages_table(tmp_path, monkeypatch, capsys):
@@ -63,11 +54,11 @@ def test_a_method_of_the_study_on_digits_runs_and_says_where_its_gradient_falls(
     assert all(0 <= numbers[key] <= 1 for key in reversed_digits.COLUMNS.values())
 
 
-def test_the_pictures_are_drawn_from_the_numbers_of_the_runs(tmp_path):
+def test_the_pictures_are_drawn_from_the_numbers_of_the_runs(tmp_path, python):
     shown = ["multi-task", *reversed_digits_picture.ROWS.values()]
     reversed_digits.STUDY.main("", ["--quick", "--seed", "0", "--only", *shown, "--json", str(tmp_path)])
     reversed_digits.KNOB.main("", ["--quick", "--seeds", "1", "--json", str(tmp_path)])
-    run("-m", "examples.causal.reversed_digits_picture", "--json", tmp_path, "--output", tmp_path / "new folder")
+    python("-m", "examples.causal.reversed_digits_picture", "--json", tmp_path, "--output", tmp_path / "new folder")
     for name in ("reversed_digits.png", "reversed_digits_difficulty.png"):
         picture = (tmp_path / "new folder" / name).read_bytes()
         assert picture.startswith(b"\x89PNG")

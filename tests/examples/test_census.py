@@ -1,6 +1,5 @@
 import importlib.util
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -39,22 +38,19 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture(folder, tmp_path):
+def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture(folder, tmp_path, python):
     picture = tmp_path / "new folder" / "picture.png"
     named = ["--weighting", "UW() >> PCGrad()", "--weighting", "SLGrad('degree')"]
-    warnings = ["-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning"]
-    command = [sys.executable, *warnings, SCRIPT, "--quick", "--folder", folder, *named, "--batch", "32"]
-    done = subprocess.run([*command, "--output", picture], check=False, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = python(SCRIPT, "--quick", "--folder", folder, *named, "--batch", "32", "--output", picture)
     methods = ["no look at the inputs", "one network a task", "equal weights", "tuned constants", *named[1::2]]
-    lines = done.stdout.splitlines()
+    lines = done.out.splitlines()
     rows = {name: line.removeprefix(name).split() for name in methods for line in lines if line.startswith(f"{name}  ")}
     for method in methods:
         assert all(0 <= float(value) <= 1 for value in rows[method][:3])
-    assert "One seed does not tell better from worse." in done.stdout
+    assert "One seed does not tell better from worse." in done.out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000
-    assert "/120 " in done.stderr  # the progress bar: 10 batches, 3 + 7 + 2 trainings
+    assert "/120 " in done.err  # the progress bar: 10 batches, 3 + 7 + 2 trainings
 
 
 def test_the_labels_are_what_the_columns_say(folder):

@@ -1,5 +1,4 @@
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,25 +13,22 @@ needs_data = pytest.mark.skipif(
 
 
 @needs_data
-def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture(tmp_path):
+def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture(tmp_path, python):
     picture = tmp_path / "new folder" / "picture.png"
     named = ["--weighting", "UW() >> PCGrad()", "--weighting", "FAMO()"]
     # One batch in three has no film noir in it: the task is absent then.
     few = ["--split", "random", "--genre", "Film-Noir", "--batch", "64"]
-    warnings = ["-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning"]
-    command = [sys.executable, *warnings, SCRIPT, "--quick", *named, *few, "--seeds", "2", "--output", picture]
-    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = python(SCRIPT, "--quick", *named, *few, "--seeds", "2", "--output", picture)
     methods = ["no look at the inputs", "one network a task", "equal weights", "tuned constants", *named[1::2]]
-    lines = done.stdout.splitlines()
+    lines = done.out.splitlines()
     rows = {name: line.removeprefix(name).split() for name in methods for line in lines if line.startswith(f"{name}  ")}
     for method in methods:
         assert 0.8 < float(rows[method][0]) < 1.5
         assert rows[method][1] == "±"
-    assert "Tuned constants, seed by seed:" in done.stdout
+    assert "Tuned constants, seed by seed:" in done.out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000
-    assert "/600 " in done.stderr  # the progress bar: 2 seeds, 25 batches, 3 + 7 + 2 trainings
+    assert "/600 " in done.err  # the progress bar: 2 seeds, 25 batches, 3 + 7 + 2 trainings
 
 
 @needs_data

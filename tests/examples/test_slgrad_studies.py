@@ -2,10 +2,7 @@ import gzip
 import importlib.util
 import json
 import pickle
-import runpy
 import shlex
-import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -31,22 +28,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def python(monkeypatch, capsys):
-    """Runs ``python -m MODULE ...`` here: to start a process for each would take most of the time."""
-
-    def run(dash_m, module, *arguments):
-        assert dash_m == "-m"
-        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, at its first dual number
-            warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        return capsys.readouterr().out
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("script", "study", "setup", "seeds"),
     [
@@ -61,11 +42,11 @@ def test_its_quick_form_runs_a_job_a_seed_and_collects_tables_and_pictures(
     monkeypatch.chdir(ROOT)
     module = f"examples.slgrad.{script}"
     options = ["--study", study, "--json", tmp_path]
-    jobs = python("-m", module, *options, "--setup", setup, "--quick", "--jobs", seeds).splitlines()
+    jobs = python("-m", module, *options, "--setup", setup, "--quick", "--jobs", seeds).out.splitlines()
     assert len(jobs) == seeds
     for job in jobs:
         python(*shlex.split(job)[1:])
-    output = python("-m", module, *options, "--collect")
+    output = python("-m", module, *options, "--collect").out
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()]
     scores = {line[0]: line[1] for line in lines[: len(ROWS) + 4] if len(line) > 1}
     for row in ROWS:

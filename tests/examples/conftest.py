@@ -1,0 +1,29 @@
+import runpy
+import sys
+import warnings
+
+import pytest
+
+
+@pytest.fixture
+def python(monkeypatch, capsys):
+    """Runs ``python -W error FILE ...`` or ``python -W error -m MODULE ...`` in this process, which saves each the
+    seconds that it takes to import torch. Gives what it printed.
+    """
+
+    def run(*arguments):
+        what, *rest = map(str, arguments)
+        as_module = what == "-m"
+        what, rest = (rest[0], rest[1:]) if as_module else (what, rest)
+        monkeypatch.setattr(sys, "argv", [what, *rest])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, at its first dual number
+            warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+            if as_module:
+                runpy.run_module(what, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(what, run_name="__main__")
+        return capsys.readouterr()
+
+    return run
