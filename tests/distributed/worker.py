@@ -13,7 +13,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._decomp.decompositions_for_jvp
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+import torch.distributed.optim
+import torch.onnx  # all of these are imported by what the cases call, and are so once instead of in each process
 
 from tests.distributed.cases import SCENARIOS, parity
 from tests.distributed.training import Training
