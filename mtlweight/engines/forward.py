@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from mtlweight.engines._again import snapshot
 from mtlweight.engines._graph import bypassed
+from mtlweight.engines._tangents import RULES
 
 
 class _Closure(nn.Module):
@@ -36,9 +37,8 @@ class _Corrections(TorchFunctionMode):
         if hooks is not None and "checkpoint_hook" in hooks[0].__qualname__:
             # Torch would notice in the backward: the second forward has no dual numbers, and saves fewer tensors.
             raise RuntimeError("activation checkpointing recomputes without forward derivatives")
-        if func in _BILINEAR and not kwargs:
-            return _bilinear(func, *args)
-        result = func(*args, **(kwargs or {}))
+        rule = RULES.get(func) if args else None
+        result = func(*args, **(kwargs or {})) if rule is None else rule(func, *args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:
             # `no_grad` is to stop forward derivatives too: torch itself lets them through.
             torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())
@@ -46,30 +46,6 @@ class _Corrections(TorchFunctionMode):
 
 
 _saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
-_BILINEAR = {nn.functional.linear, torch.conv1d, torch.conv2d, torch.conv3d}
-
-
-def _bilinear(
-    func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any
-) -> Tensor:
-    """A layer of data and parameters, with one product for each tangent that there is.
-
-    Torch's rules multiply zero tangents too, a third of a first convolution, and keep a graph of the tangents, which
-    nobody differentiates.
-    """
-    (x, dx), (w, dw) = forward_ad.unpack_dual(x), forward_ad.unpack_dual(weight)
-    if dx is None and dw is None:
-        return func(x, weight, bias, *options)
-    b, db = (None, None) if bias is None else forward_ad.unpack_dual(bias)
-    with torch.no_grad():
-        if dw is None:
-            tangent = func(dx, w, db, *options)
-        else:
-            tangent = func(x, dw, db, *options)
-            if dx is not None:
-                tangent += func(dx, w, None, *options)
-    dual: Tensor = forward_ad.make_dual(func(x, w, b, *options), tangent)
-    return dual
 
 
 def names(modules: Sequence[nn.Module]) -> dict[int, list[str]]:
