@@ -86,11 +86,16 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity."""
     if not tensors:
         return True
-    # Sums are cheapest on the CPU; a norm of all takes one transfer from elsewhere. Either may overflow though all
-    # values are finite, and then the largest value decides.
-    if all(tensor.device.type == "cpu" and math.isfinite(tensor.detach().sum()) for tensor in tensors):
+    # Sums are cheapest on the CPU, but for a few numbers; a norm of all takes one transfer from elsewhere. Either may
+    # overflow though all values are finite, and then the largest value decides.
+    if len(tensors) == 1 and tensors[0].numel() <= _FEW:
+        return all(map(math.isfinite, tensors[0].flatten().tolist()))
+    if all(tensor.is_cpu and math.isfinite(tensor.detach().sum()) for tensor in tensors):
         return True
     return any(bool(nn.utils.get_total_norm(tensors, p).isfinite()) for p in (2.0, torch.inf))
+
+
+_FEW = 64
 
 
 def tensors_of(state: Any) -> Iterator[Tensor]:

@@ -575,11 +575,11 @@ class Batch:
 
     def _check(self, what: str, values: Tensor, rows: Rows | None = None) -> None:
         """Raises if a task's values are not finite; names the first parameter where its row, or itself, is not."""
-        if not _finite(values):
+        if not all_finite([values]):
             finite = values.isfinite().reshape(len(values), -1).all(dim=1)
             bad = [task for task, fine in zip(self.tasks, finite.tolist(), strict=True) if not fine]
             where, todo = "", "Look at its batch, or choose on_nonfinite='skip' or 'drop'."
-            sick = next((p for p in self._plan.trainable if not _finite(p)), None)
+            sick = next((p for p in self._plan.trainable if not p.isfinite().all()), None)
             if sick is not None:
                 where, todo = f", which {self._plan.called(sick)} holds itself", "Go back to a checkpoint."
             elif rows is not None and (p := rows.bad_input(self.tasks.index(bad[0]))) is not None:
@@ -599,7 +599,3 @@ def main_scope(
     allowed = {id(p) for p in plan.shared or []} | {id(p) for p in leaves(losses[t] for t in mains if t in losses)}
     kept = [(p, g) for p, g in zip(parameters, tangents, strict=True) if id(p) in allowed]
     return [p for p, _ in kept], [g for _, g in kept]
-
-
-def _finite(values: Tensor) -> bool:
-    return bool(values.isfinite().all())

@@ -330,7 +330,10 @@ class Layout:
 
 def local(gradients: Iterable[Tensor]) -> list[Tensor]:
     """The numbers that this process has of each gradient."""
-    mine = [g.to_local() if sharded([g]) else g for g in gradients]  # type: ignore[attr-defined]  # a DTensor has it
+    mine = [
+        g if type(g) is Tensor or not sharded([g]) else g.to_local()  # type: ignore[attr-defined]  # a DTensor has it
+        for g in gradients
+    ]
     return [g.coalesce().values() if g.is_sparse else g for g in mine]
 
 
