@@ -20,6 +20,30 @@ def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
     return list(found.values())
 
 
+def leaves_of_each(outputs: Iterable[Tensor]) -> list[set[int]]:
+    """For each output the ids of the leaves that it reaches, and of some that an output before it reaches.
+
+    The graph is walked once: where an output meets the walk of one before it, it takes over what that one found.
+    """
+    first: dict[Node, int] = {}
+    found: list[set[int]] = []
+    for t, output in enumerate(outputs):
+        mine, met = {id(output)} if output.grad_fn is None else set(), set()
+        stack = [] if output.grad_fn is None else [output.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node in first:
+                met.add(first[node])
+                continue
+            first[node] = t
+            leaf = _leaf(node)
+            if leaf is not None:
+                mine.add(id(leaf))
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+        found.append(mine.union(*(found[k] for k in met - {t})))
+    return found
+
+
 def reached(outputs: Iterable[Tensor]) -> set[Node]:
     """All nodes that a backward from ``outputs`` passes."""
     return set(_nodes(outputs))

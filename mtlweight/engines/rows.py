@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mtlweight.engines._graph import compiled, leaves
+from mtlweight.engines._graph import compiled, leaves_of_each
 from mtlweight.engines._range import Gradients, gradient, narrow, wide
 
 
@@ -23,11 +23,10 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, keep_graph
         keep_graph: whether the graph is needed again after the last output.
     """
     short, check = narrow(outputs), bool(compiled(outputs))
+    # Not to ask for all other tasks' heads saves a tenth of the time where there are many.
+    reached = leaves_of_each(outputs) if len(outputs) > 4 else None
     for i, output in enumerate(outputs):
-        mine = inputs
-        if len(outputs) > 4:  # not to ask for all other tasks' heads then saves a tenth of the time
-            reached = {id(p) for p in leaves([output])}
-            mine = [x for x in inputs if not x.is_leaf or id(x) in reached]
+        mine = inputs if reached is None else [x for x in inputs if not x.is_leaf or id(x) in reached[i]]
         keep = keep_graph or i + 1 < len(outputs)
         found = gradient(output, mine, keep_graph=keep, narrow=short, check=check)
         known = dict(zip(map(id, mine), found, strict=True))
