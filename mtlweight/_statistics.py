@@ -82,20 +82,21 @@ def row_sizes(matrix: Tensor) -> Tensor:
     return torch.maximum(matrix.amax(dim=1), -matrix.amin(dim=1))
 
 
+FEW = 64
+"""So many numbers are looked at one by one sooner than by operations on their tensor."""
+
+
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity."""
     if not tensors:
         return True
-    # Sums are cheapest on the CPU, but for a few numbers; a norm of all takes one transfer from elsewhere. Either may
-    # overflow though all values are finite, and then the largest value decides.
-    if len(tensors) == 1 and tensors[0].numel() <= _FEW:
+    if len(tensors) == 1 and tensors[0].numel() <= FEW and tensors[0].layout == torch.strided:
         return all(map(math.isfinite, tensors[0].flatten().tolist()))
+    # Sums are cheapest on the CPU; a norm of all takes one transfer from elsewhere. Either may overflow though all
+    # values are finite, and then the largest value decides.
     if all(tensor.is_cpu and math.isfinite(tensor.detach().sum()) for tensor in tensors):
         return True
     return any(bool(nn.utils.get_total_norm(tensors, p).isfinite()) for p in (2.0, torch.inf))
-
-
-_FEW = 64
 
 
 def tensors_of(state: Any) -> Iterator[Tensor]:

@@ -40,7 +40,8 @@ def leaves_of_each(outputs: Iterable[Tensor]) -> list[set[int]]:
             if leaf is not None:
                 mine.add(id(leaf))
             stack.extend(parent for parent, _ in node.next_functions if parent is not None)
-        found.append(mine.union(*(found[k] for k in met - {t})))
+        before = [found[k] for k in met - {t}]
+        found.append(before[0] if len(before) == 1 and not mine else mine.union(*before))  # many samples share one set
     return found
 
 

@@ -2,7 +2,7 @@
 
 Torch lets a graph save dual numbers, and with them their tangents, and gives the tangents a graph too, which nobody
 differentiates. A normalization then takes several times the time of its value, and twice the memory. Here the graph is
-that of the values alone, and tangents are computed without any.
+that of the values alone, and tangents are computed without any: a gradient that is taken of it has no tangent.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 
 def _bilinear(
@@ -45,8 +46,10 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     (x, dx), (w, dw), (b, db) = _unpacked(given, weight, bias)
-    known = training or not (running_mean is None or running_var is None)
-    if dx is None or x.numel() == x.shape[1] or not known:  # torch has an error for all but the first
+    others = [t for t in (w, b, running_mean, running_var) if t is not None]
+    estimated = training or not (running_mean is None or running_var is None)
+    usual = x.ndim > 1 and x.numel() > x.shape[1] and all(t.shape == x.shape[1:2] for t in others) and eps > 0
+    if dx is None or not (usual and estimated):  # empty batches, and what torch has errors for
         return func(given, running_mean, running_var, weight, bias, training, momentum, eps)
     value, mean, scale = torch.native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps)
     with torch.no_grad():
@@ -57,7 +60,7 @@ def _batch_norm(
         tangent = torch.ops.aten.native_batch_norm_backward(dx, x, w, *statistics)[0]
         channel = (-1, *[1] * (x.ndim - 2))
         if dw is not None:
-            tangent.addcmul_(x, (dw * scale).view(channel)).sub_((dw * scale * mean).view(channel))
+            tangent.addcmul_(x - mean.view(channel), (dw * scale).view(channel))
         if db is not None:
             tangent += db.view(channel)
     return _dual(value, tangent)
@@ -75,7 +78,7 @@ def _normalized(func: Callable[..., Tensor], given: Tensor, *options: Any, **nam
 
     value = at({name: primal for name, (primal, _) in parts.items()})
     with torch.no_grad():
-        duals = {n: p.detach() if t is None else forward_ad.make_dual(p.detach(), t) for n, (p, t) in parts.items()}
+        duals = {n: p if t is None else forward_ad.make_dual(p, t) for n, (p, t) in parts.items()}
         tangent = forward_ad.unpack_dual(at(duals)).tangent
     return _dual(value, tangent)
 
@@ -89,9 +92,12 @@ def _dual(value: Tensor, tangent: Tensor) -> Tensor:
     return dual
 
 
-_layers = nn.functional
 RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((_layers.linear, _layers.conv1d, _layers.conv2d, _layers.conv3d), _bilinear),
-    _layers.batch_norm: _batch_norm,
-    **dict.fromkeys((_layers.group_norm, _layers.layer_norm), _normalized),
+    functional.linear: _bilinear,
+    functional.conv1d: _bilinear,
+    functional.conv2d: _bilinear,
+    functional.conv3d: _bilinear,
+    functional.batch_norm: _batch_norm,
+    functional.group_norm: _normalized,
+    functional.layer_norm: _normalized,
 }

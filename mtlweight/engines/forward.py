@@ -37,7 +37,10 @@ class _Corrections(TorchFunctionMode):
         if hooks is not None and "checkpoint_hook" in hooks[0].__qualname__:
             # Torch would notice in the backward: the second forward has no dual numbers, and saves fewer tensors.
             raise RuntimeError("activation checkpointing recomputes without forward derivatives")
-        rule = RULES.get(func) if args else None
+        plain = torch._C._functorch.peek_interpreter_stack() is None  # not inside of vmap and the like
+        if plain and func in (torch.autograd.grad, Tensor.backward):
+            raise RuntimeError("a gradient inside the losses has no forward derivative")
+        rule = RULES.get(func) if args and plain else None
         result = func(*args, **(kwargs or {})) if rule is None else rule(func, *args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:
             # `no_grad` is to stop forward derivatives too: torch itself lets them through.
@@ -49,11 +52,16 @@ _saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tens
 
 
 def names(modules: Sequence[nn.Module]) -> dict[int, list[str]]:
-    """Under which names :func:`losses_and_tangents` swaps each parameter, by its ``id``; tied ones have several."""
+    """Under which names :func:`losses_and_tangents` swaps each parameter, by its ``id``.
+
+    Tied parameters have several; those of a module that is reached by several names have one.
+    """
     found: dict[int, list[str]] = {}
+    seen: set[nn.Module] = set()
     for i, module in enumerate(modules):
-        for name, parameter in module.named_parameters(prefix=f"owned.{i}", remove_duplicate=False):
-            found.setdefault(id(parameter), []).append(name)
+        for prefix, part in module.named_modules(seen, f"owned.{i}"):
+            for name, parameter in part.named_parameters(prefix, recurse=False, remove_duplicate=False):
+                found.setdefault(id(parameter), []).append(name)
     return found
 
 

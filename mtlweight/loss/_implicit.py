@@ -17,6 +17,9 @@ def implicit_step(s: Tensor, losses: Tensor, step_size: float) -> Tensor:
         s: log-variances, ``[m]``.
         losses: ``[m]``; where one is not positive, the result means nothing.
         step_size: ``η``.
+
+    Returns:
+        Tensor: ``[m]``, without a graph. The host waits for the numbers.
     """
     # One after the other: for few numbers an operation on a tensor takes longer than all of this.
     pairs = zip(s.tolist(), losses.tolist(), strict=True)

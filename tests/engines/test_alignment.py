@@ -266,8 +266,9 @@ def test_of_low_precision_parameters_the_alignment_is_that_of_float32_within_the
     assert close(report.alignment, oracle(high, "sample_losses"), rounding=8 * torch.finfo(dtype).eps)
 
 
-def test_forward_swaps_the_parameters_for_the_call_alone():
-    p = problem(NETWORKS["convolutions and BatchNorm"])
+@pytest.mark.parametrize("network", ["convolutions and BatchNorm", "tied parameters", "a layer that is used twice"])
+def test_forward_swaps_the_parameters_for_the_call_alone(network):
+    p = problem(NETWORKS[network])
     before = {name: value.clone() for name, value in p.model.state_dict().items()}
     names = [name for name, _ in p.model.named_parameters()]
     ids = [id(q) for q in p.model.parameters()]

@@ -1,5 +1,6 @@
 """Where an engine cannot run: the next one does, with one warning, and as if the attempt had not been made."""
 
+import copy
 import re
 import warnings
 
@@ -142,6 +143,29 @@ def test_buffers_random_state_and_gradients_are_those_of_a_step_without_the_atte
     names = [name for name in states[0] if "running_" in name or "num_batches" in name or name.endswith(".mean")]
     assert len(names) == 7
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True will create a reference cycle")
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.Tanh()], ids=str)
+@pytest.mark.parametrize("where", ["grad", "backward"])
+def test_a_gradient_that_the_losses_take_makes_forward_fall_back_since_it_would_miss_its_derivative(layer, where):
+    recipe = Recipe(lambda: TwoTasks(nn.Sequential(nn.Linear(5, 4), copy.deepcopy(layer), nn.Tanh()), 4), numbers(5))
+    p, other = problem(recipe), problem(recipe)
+
+    def losses(p):
+        x = p.x.clone().requires_grad_()
+        outputs = p.run(x)
+        if where == "grad":
+            (slope,) = torch.autograd.grad(outputs["left"].sum(), x, create_graph=True)
+        else:
+            outputs["left"].sum().backward(inputs=[x], create_graph=True)
+            slope = x.grad
+        return {task: loss + slope.square().sum(dim=1) for task, loss in p.score(outputs).items()}
+
+    with pytest.warns(UserWarning, match="a gradient inside the losses has no forward derivative"):
+        report = combined(p, optimizer_for(p, on_samples), lambda: losses(p))
+    assert report.engine == "pullback"
+    assert close(report.alignment, alignment(losses(other), other.reference(), other.shared))
 
 
 class Checkpointed(nn.Sequential):

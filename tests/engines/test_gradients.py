@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import mtlweight
 from mtlweight import MultiTaskOptimizer, Needs
-from mtlweight._statistics import gramian_of
+from mtlweight._statistics import FEW, all_finite, gramian_of
 from mtlweight.engines._graph import leaves, leaves_of_each
 from tests.engines.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem
 
@@ -311,3 +311,13 @@ def test_the_leaves_of_each_output_are_found_in_one_walk(uses, chained):
     for t, mine in enumerate(reached):
         assert {id(leaf) for leaf in leaves([outputs[t]])} == mine
         assert mine <= found[t] <= set().union(*reached[: t + 1])
+
+
+@pytest.mark.parametrize("numbers", [1, FEW, FEW + 1])
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_is_not_finite_is_seen_among_few_numbers_and_among_many(numbers, beside):
+    values = torch.ones(1, numbers)
+    for last, finite in ((1.0, True), (torch.inf, False), (-torch.inf, False), (torch.nan, False)):
+        values[0, -1] = last
+        assert all_finite([values, torch.ones(2)] if beside else [values]) == finite
+    assert all_finite([torch.ones(1, numbers).to_sparse()])

@@ -8,6 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
+from mtlweight.engines import forward
 from mtlweight.engines._tangents import RULES
 from mtlweight.engines.forward import _Corrections
 
@@ -83,7 +84,7 @@ def test_value_tangent_and_gradient_are_torchs_own_whichever_inputs_have_tangent
 
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_updates_its_running_statistics_once(training):
-    plain, module = (torch.nn.BatchNorm2d(2).double().train(training) for _ in range(2))
+    plain, module = (torch.nn.BatchNorm2d(2, momentum=0.3).double().train(training) for _ in range(2))
     x = torch.randn(4, 2, 3, 3, dtype=torch.float64)
     plain(x)
     with forward_ad.dual_level(), _Corrections():
@@ -92,15 +93,62 @@ def test_batch_norm_updates_its_running_statistics_once(training):
 
 
 @pytest.mark.parametrize(
-    ("shape", "training", "message"),
-    [((1, 2, 1), True, "more than 1 value per channel"), ((3, 2), False, "running_mean must be defined")],
+    ("shape", "options", "message"),
+    [
+        ((1, 2, 1), {"training": True}, "more than 1 value per channel"),
+        ((3, 2), {"training": False}, "running_mean must be defined"),
+        ((3, 2), {"training": True, "eps": 0.0}, "eps"),
+        ((3, 2), {"training": True, "running_mean": torch.zeros(3)}, "running_mean should contain 2 elements"),
+        ((3,), {"training": True}, "2D|range"),
+    ],
 )
-def test_what_batch_norm_cannot_normalize_is_torchs_error(shape, training, message):
-    x = torch.randn(shape, dtype=torch.float64)
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        functional.batch_norm(x, None, None, training=training)
-    with forward_ad.dual_level(), _Corrections(), pytest.raises((ValueError, RuntimeError), match=message):
-        functional.batch_norm(forward_ad.make_dual(x, x), None, None, training=training)
+def test_what_batch_norm_cannot_normalize_is_torchs_error(shape, options, message):
+    x, options = torch.randn(shape, dtype=torch.float64), {"running_mean": None, "running_var": None, **options}
+    errors = ValueError, RuntimeError, IndexError
+    with pytest.raises(errors, match=message) as expected:
+        functional.batch_norm(x, **options)
+    with forward_ad.dual_level(), _Corrections(), pytest.raises(errors) as found:
+        functional.batch_norm(forward_ad.make_dual(x, x), **options)
+    assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_of_an_empty_batch_is_empty(training):
+    layer = torch.nn.BatchNorm1d(2).train(training)
+    x = torch.zeros(0, 2)
+    with forward_ad.dual_level(), _Corrections():
+        value, tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x)))
+    assert value.shape == tangent.shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_far_from_zero_the_tangent_of_batch_norm_is_rounded_once(dtype, training):
+    x, weight, dx, dw = (torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k, shape in enumerate(FAR))
+    x = (x + 300.0).to(dtype)
+
+    def normalized(x, weight):
+        return functional.batch_norm(x, torch.full_like(weight, 300.0), torch.ones_like(weight), weight, None, training)
+
+    _, expected = torch.func.jvp(normalized, (x.double(), weight.double()), (dx.to(dtype).double(), dw.double()))
+    with forward_ad.dual_level(), _Corrections():
+        duals = forward_ad.make_dual(x, dx.to(dtype)), forward_ad.make_dual(weight, dw)
+        _, tangent = forward_ad.unpack_dual(normalized(*duals))
+    assert (tangent.double() - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+FAR = (64, 3), (3,), (64, 3), (3,)
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if "evaluation" in layer or "layer" in layer])
+def test_within_vmap_torchs_own_rules_apply(layer):
+    values, tangents = drawn(layer), drawn(layer, seed=1)
+    stacks = [torch.stack([value, 2 * value]) for value in values]
+    with forward_ad.dual_level(), _Corrections():
+        duals = [forward_ad.make_dual(s, torch.stack([t, t])) for s, t in zip(stacks, tangents, strict=True)]
+        found = forward_ad.unpack_dual(torch.vmap(LAYERS[layer][0])(*duals))
+    expected = torch.func.jvp(LAYERS[layer][0], tuple(values), tuple(tangents))
+    torch.testing.assert_close((found.primal[0], found.tangent[0]), expected)
 
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if "keywords" not in layer])
@@ -117,7 +165,21 @@ def test_the_graph_holds_on_to_no_tangent(layer):
         assert not made.requires_grad
         del tangent
         assert held.expired()
-    assert len(RULES) == 7  # a new rule wants a layer above
+
+
+def test_each_rule_has_a_layer_here(monkeypatch):
+    used = set()
+
+    class Noted(dict):
+        def get(self, func):
+            used.add(func)
+            return super().get(func)
+
+    monkeypatch.setattr(forward, "RULES", Noted(RULES))
+    with forward_ad.dual_level():
+        for layer in LAYERS:
+            dual(layer, drawn(layer), drawn(layer, seed=1))
+    assert used >= {*RULES}
 
 
 def test_torchs_own_rule_would_hold_on_to_it():

@@ -94,6 +94,12 @@ def tied() -> TwoTasks:
     return TwoTasks(nn.Sequential(embedding, nn.Linear(4, 4), nn.Tanh(), Mean()), 4, left=left, right=nn.Linear(4, 2))
 
 
+def twice() -> TwoTasks:
+    """One layer has two names."""
+    layer = nn.Linear(4, 4)
+    return perceptron(layer, nn.Tanh(), layer)
+
+
 def numbers(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(SAMPLES, *shape, dtype=torch.float64)
 
@@ -125,6 +131,7 @@ NETWORKS: Mapping[str, Recipe] = {
         lambda: TwoTasks(nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), Mean()), 4), numbers(3, 4)
     ),
     "tied parameters": Recipe(tied, words),
+    "a layer that is used twice": Recipe(twice, numbers(5)),
     "a parameter that one task does not touch": Recipe(lambda: TwoTasks(Branches(), 4), numbers(5)),
 }
 BAG = Recipe(lambda: TwoTasks(nn.EmbeddingBag(7, 4, mode="sum"), 4), words)

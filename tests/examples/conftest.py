@@ -6,7 +6,7 @@ import pytest
 
 
 @pytest.fixture
-def python(monkeypatch, capsys):
+def python(monkeypatch, capsys, tmp_path):
     """Runs ``python -W error FILE ...`` or ``python -W error -m MODULE ...`` in this process, which saves each the
     seconds that it takes to import torch. Gives what it printed.
     """
@@ -18,11 +18,13 @@ def python(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [what, *rest])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, at its first dual number
+            # torch's own, at its first dual number
+            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
             warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
             if as_module:
                 runpy.run_module(what, run_name="__main__", alter_sys=True)
             else:
+                monkeypatch.chdir(tmp_path)  # a file runs from anywhere
                 runpy.run_path(what, run_name="__main__")
         return capsys.readouterr()
 
