@@ -38,7 +38,7 @@ class _Corrections(TorchFunctionMode):
             # Torch would notice in the backward: the second forward has no dual numbers, and saves fewer tensors.
             raise RuntimeError("activation checkpointing recomputes without forward derivatives")
         plain = torch._C._functorch.peek_interpreter_stack() is None  # not inside of vmap and the like
-        if plain and func in (torch.autograd.grad, Tensor.backward):
+        if plain and func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             raise RuntimeError("a gradient inside the losses has no forward derivative")
         rule = RULES.get(func) if args and plain else None
         result = func(*args, **(kwargs or {})) if rule is None else rule(func, *args, **(kwargs or {}))

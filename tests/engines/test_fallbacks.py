@@ -147,18 +147,20 @@ def test_buffers_random_state_and_gradients_are_those_of_a_step_without_the_atte
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True will create a reference cycle")
 @pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.Tanh()], ids=str)
-@pytest.mark.parametrize("where", ["grad", "backward"])
-def test_a_gradient_that_the_losses_take_makes_forward_fall_back_since_it_would_miss_its_derivative(layer, where):
+@pytest.mark.parametrize("how", ["torch.autograd.grad", "torch.autograd.backward", "Tensor.backward"])
+def test_a_gradient_that_the_losses_take_makes_forward_fall_back_since_it_would_miss_its_derivative(layer, how):
     recipe = Recipe(lambda: TwoTasks(nn.Sequential(nn.Linear(5, 4), copy.deepcopy(layer), nn.Tanh()), 4), numbers(5))
     p, other = problem(recipe), problem(recipe)
 
     def losses(p):
         x = p.x.clone().requires_grad_()
         outputs = p.run(x)
-        if where == "grad":
-            (slope,) = torch.autograd.grad(outputs["left"].sum(), x, create_graph=True)
+        total = outputs["left"].sum()
+        if how == "torch.autograd.grad":
+            (slope,) = torch.autograd.grad(total, x, create_graph=True)
         else:
-            outputs["left"].sum().backward(inputs=[x], create_graph=True)
+            backward = torch.autograd.backward if how == "torch.autograd.backward" else torch.Tensor.backward
+            backward(total, inputs=[x], create_graph=True)
             slope = x.grad
         return {task: loss + slope.square().sum(dim=1) for task, loss in p.score(outputs).items()}
 
