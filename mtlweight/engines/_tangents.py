@@ -49,7 +49,7 @@ def _batch_norm(
     others = [t for t in (w, b, running_mean, running_var) if t is not None]
     estimated = training or not (running_mean is None or running_var is None)
     usual = x.ndim > 1 and x.numel() > x.shape[1] and all(t.shape == x.shape[1:2] for t in others) and eps > 0
-    if dx is None or not (usual and estimated):  # empty batches, and what torch has errors for
+    if dx is None or not (usual and estimated):  # no more than one value a channel, or what torch has errors for
         return func(given, running_mean, running_var, weight, bias, training, momentum, eps)
     value, mean, scale = torch.native_batch_norm(x, w, b, running_mean, running_var, training, momentum, eps)
     with torch.no_grad():

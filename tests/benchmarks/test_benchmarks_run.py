@@ -101,6 +101,16 @@ def test_peak_memory_counts_what_is_held_at_the_same_time():
     assert peak_memory(run, CPU) == pytest.approx(2, rel=0.1)
 
 
+def test_peak_memory_is_the_same_again_where_a_run_lets_go_of_what_the_one_before_it_made():
+    held = [torch.ones(2**18)]
+
+    def run():
+        held.clear()
+        held.append(torch.ones(2**18))
+
+    assert [peak_memory(run, CPU) for _ in range(3)] == pytest.approx([1, 1, 1], rel=0.1)
+
+
 def test_a_slow_row_gets_fewer_rounds_and_five_at_least():
     row = next(loss_step.rows(Settings(quick=True)))
     assert measure(row, Settings(rounds=7, turn=0.0, budget=0.0))["rounds"] == 5
