@@ -40,8 +40,9 @@ def nonnegative(name: str, view: View, losses: Tensor | None = None, what: str =
         MTLWeightError: if one is negative.
     """
     losses = view.losses if losses is None else losses
-    if (losses < 0).any():
-        found = ", ".join(f"{t} = {x:.4g}" for t, x in zip(view.tasks, losses.tolist(), strict=True) if x < 0)
+    values = losses.tolist()
+    if min(values) < 0:
+        found = ", ".join(f"{t} = {x:.4g}" for t, x in zip(view.tasks, values, strict=True) if x < 0)
         raise MTLWeightError(
             f"{name}: expected {what}, since it takes logarithms or ratios of them; found {found}. Shift the loss by a "
             "lower bound, or use a weighting that accepts negative losses."

@@ -460,15 +460,15 @@ class MultiTaskOptimizer(Optimizer):
     def _gradients_are_finite(self) -> bool:
         r = self._record
         parameters = [p for group in self.param_groups for p in group["params"]]
-        having = [p for p in parameters if p.grad is not None]
-        values, processes = local([p.grad for p in having]), r.processes and r.processes.active
-        finite = all_finite(values)
+        values = local([g for p in parameters if (g := p.grad) is not None])
+        finite, processes = all_finite(values), r.processes and r.processes.active
         if finite if processes is None else processes.agree(finite, parameters, averaged=r.averaged):
             if processes is not None and not r.averaged:
                 processes.expect_averaged(values, parameters)
                 r.averaged = True
             return True
         if r.on_nonfinite == "raise":
+            having = [p for p in parameters if p.grad is not None]
             bad = [p for p, g in zip(having, values, strict=True) if not g.isfinite().all()]
             where = called(bad[0], self._modules(), self.param_groups) if bad else "another process's part of one"
             raise NonFiniteError(

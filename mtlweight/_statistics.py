@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,11 @@ from mtlweight._errors import MTLWeightError
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """The dtype of losses, Gramians and alignments: float64, or float32 on a device that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    """A dtype that holds the numbers of all, float32 at least."""
+    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
 
 
 def gramian_of(*blocks: Tensor | Sequence[Tensor], columns: int = 1 << 20) -> Tensor:
@@ -34,8 +40,8 @@ def gramian_of(*blocks: Tensor | Sequence[Tensor], columns: int = 1 << 20) -> Te
     total = torch.zeros(len(blocks[0]), len(blocks[0]), dtype=dtype, device=device)
     for part in parts:
         total += _products(part)
-    squares = total.diagonal()  # no entry is larger, by Cauchy and Schwarz
-    if not parts or bool(((squares > 1e-18) & (squares < 1e36)).all()):
+    squares = total.diagonal().tolist()  # no entry is larger, by Cauchy and Schwarz
+    if not parts or all(1e-18 < square < 1e36 for square in squares):
         return total
     size = torch.stack([row_sizes(_stacked(part)) for part in parts]).amax(dim=0)[:, None]
     total.zero_()
@@ -86,17 +92,27 @@ FEW = 64
 """So many numbers are looked at one by one sooner than by operations on their tensor."""
 
 
+@torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity."""
-    if not tensors:
-        return True
-    if len(tensors) == 1 and tensors[0].numel() <= FEW and tensors[0].layout == torch.strided:
-        return all(map(math.isfinite, tensors[0].flatten().tolist()))
+    if len(tensors) == 1 and _is_short(tensors[0]):
+        return _sum_is_finite(tensors[0])
     # Sums are cheapest on the CPU; a norm of all takes one transfer from elsewhere. Either may overflow though all
     # values are finite, and then the largest value decides.
-    if all(tensor.is_cpu and math.isfinite(tensor.detach().sum()) for tensor in tensors):
+    if all(tensor.is_cpu and _sum_is_finite(tensor) for tensor in tensors):
         return True
     return any(bool(nn.utils.get_total_norm(tensors, p).isfinite()) for p in (2.0, torch.inf))
+
+
+def _is_short(tensor: Tensor) -> bool:
+    return tensor.ndim < 2 and tensor.numel() <= FEW and tensor.layout == torch.strided
+
+
+def _sum_is_finite(tensor: Tensor) -> bool:
+    if not _is_short(tensor):
+        return math.isfinite(tensor.sum())
+    values: Any = tensor.tolist()
+    return all(map(math.isfinite, values)) if tensor.ndim else math.isfinite(values)
 
 
 def tensors_of(state: Any) -> Iterator[Tensor]:

@@ -163,8 +163,10 @@ class View:
             table: mapping from task name to a tensor, as :meth:`scatter` makes it.
             default: the row of a task that the table does not know yet.
         """
-        missing = torch.as_tensor(default, dtype=None if isinstance(default, Tensor) else self.dtype)
-        return torch.stack([table.get(task, missing).to(self.device) for task in self.tasks])
+        if not {*self.tasks} <= table.keys():
+            missing = torch.as_tensor(default, dtype=None if isinstance(default, Tensor) else self.dtype)
+            table = {task: table.get(task, missing) for task in self.tasks}
+        return torch.stack([table[task].to(self.device) for task in self.tasks])
 
     def scatter(self, table: Any, values: Tensor) -> dict[str, Tensor]:
         """The table with the present tasks' rows replaced; absent tasks keep theirs."""

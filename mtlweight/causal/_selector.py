@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlweight._errors import MTLWeightError
-from mtlweight.engines._graph import reached
+from mtlweight.engines._graph import Backward
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class ModuleSelector(nn.Module):
     def calls(self, losses: Mapping[str, Tensor]) -> list[Call]:
         """The remembered forward passes that the losses come from. All are forgotten then."""
         calls, self._calls = self._calls, []
-        nodes = reached(losses.values())
+        nodes = {*Backward(losses.values()).nodes}
         return [call for call in calls if call.mixed.grad_fn in nodes]
 
     def prune(self, threshold: float = 0.5) -> ModuleSelector:

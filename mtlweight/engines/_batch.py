@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlweight._errors import MTLWeightError, NonFiniteError
-from mtlweight._statistics import all_finite, row_sizes, statistics_dtype, tensors_of
+from mtlweight._statistics import all_finite, row_sizes, statistics_dtype, tensors_of, widest
 from mtlweight._view import Needs, State, View, expect_samples
 from mtlweight._weighting import Level, ReferenceUse, Weighting, wrong_shape
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
 from mtlweight.engines._grad import explain
-from mtlweight.engines._graph import leaves, reentrant
+from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import Pairs, inject_known
 from mtlweight.engines._parts import called
 from mtlweight.engines._processes import Processes, expect_whole
-from mtlweight.engines._range import dense, gradient, narrow, restored, unit, wide
-from mtlweight.engines._rows import Rows, row_dtype
+from mtlweight.engines._range import dense, gradient, restored, unit, wide
+from mtlweight.engines._rows import Rows
 
 GRADIENT_ENGINES = ("rows", "batched", "features", "samples")
 ALIGNMENT_ENGINES = ("forward", "pullback", "samples", "rows")
@@ -204,18 +204,17 @@ class Reference:
         self.narrow = False
 
         def add(share: float, loss: Tensor) -> None:
-            reached = leaves([loss])
-            wanted = reached if use.learn else [p for p in reached if id(p) in allowed or id(p) in outer]
-            if reentrant([loss]):
+            graph = Backward([loss])
+            wanted = [p for p in graph.leaves if use.learn or id(p) in allowed or id(p) in outer]
+            if graph.reentrant:
                 raise MTLWeightError(
                     "Reentrant activation checkpointing hides parameters from the graph: no gradient can be asked for. "
                     "Expected checkpoint(..., use_reentrant=False), found use_reentrant=True. Change it."
                 )
             # It may share its graph with the losses. And a compiled model whose first backward may free the graph
             # refuses later ones that keep it, which the rows need.
-            short = narrow([loss])
-            self.narrow |= short
-            found = gradient(loss, wanted, keep_graph=True, narrow=short)
+            self.narrow |= graph.narrow
+            found = gradient(loss, wanted, keep_graph=True, narrow=graph.narrow)
             for p, g in zip(wanted, found, strict=True):
                 if g is not None:
                     term = wide(dense(g)) if share == 1 else share * wide(dense(g))
@@ -364,10 +363,10 @@ class Batch:
                 "engine='rows'."
             )
         rows = self._gradients(coefficients)
-        assert rows.matrix is not None
+        assert rows.block is not None
         self._plan.expect_columns(rows.inputs)
-        self._check("gradient", row_sizes(rows.matrix), rows)
-        return rows.matrix
+        self._check("gradient", row_sizes(rows.block), rows)
+        return rows.block
 
     def _gradients(self, coefficients: Tensor | None) -> Rows:
         if self._rows is None or self._rows.coefficients is not coefficients:
@@ -420,7 +419,7 @@ class Batch:
         reference = self._with_reference()
         known = {id(p): g for p, g in zip(reference.parameters, reference.tangents, strict=True)}
         shared = self._plan.shared_for("the alignment")
-        dtype = row_dtype(shared)
+        dtype = widest(shared)
         return torch.cat([known.get(id(p), torch.zeros_like(p)).detach().to(dtype).flatten() for p in shared])
 
     def measured(self) -> dict[str, Any]:
@@ -467,9 +466,10 @@ class Batch:
             if self._plan.heads == "unweighted" and self._plan.shared is not None:
                 scalar = inject_known(value, self._inner(self._two_backwards(total, plain.sum())))
             elif self._plan.outer:
-                inner = [p for p, _ in self._inner([(p, None) for p in leaves([total])])]
+                graph = Backward([total])
+                inner = [p for p, _ in self._inner([(p, None) for p in graph.leaves])]
                 keep = self._plan.keep_graph
-                found = gradient(total, inner, keep_graph=keep, narrow=narrow([total]))
+                found = gradient(total, inner, keep_graph=keep, narrow=graph.narrow)
                 scalar = inject_known(value, list(zip(inner, found, strict=True)))
             else:
                 scalar = value + (total - total.detach())
@@ -504,7 +504,7 @@ class Batch:
         parameters, tangents = reference.parameters, reference.tangents
         if plan.use is not None and plan.use.scope == "main":
             parameters, tangents = main_scope(plan, self._losses, parameters, tangents)
-        tangents, size = unit(tangents) if reference.narrow or narrow(losses) else (tangents, 1.0)
+        tangents, size = unit(tangents) if reference.narrow or Backward(losses).narrow else (tangents, 1.0)
         engine = plan.alignment_engine
         values: Tensor | None = None
         if engine in ("auto", "forward", "pullback"):
@@ -548,18 +548,16 @@ class Batch:
         final = plan.writes != "sample" and coefficients is None and keep_graph is None
         keep = not final or plan.keep_graph or (Needs.ALIGNMENT in plan.weighting.needs and self._aligned is None)
         known = {id(p) for p in [*inputs, *plan.outer]}
-        rest = [p for p in leaves(outputs) if id(p) not in known] if final else []
+        graph = Backward(outputs)
+        rest = [p for p in graph.leaves if id(p) not in known] if final else []
         every = [*inputs, *rest]
         try:
             if engine == "samples":
                 gradients = samples.gradients(losses, every, each)
             else:
-                gradients = {"rows": rows, "batched": batched}[engine].gradients(outputs, every, keep_graph=keep)
-            matrix = None
-            if Needs.JACOBIAN in plan.needs:
-                n = sum(p.numel() for p in inputs)
-                matrix = torch.empty(len(outputs), n, dtype=row_dtype(inputs), device=inputs[0].device)
-            return Rows.collect(gradients, inputs, rest, coefficients, matrix)
+                gradients = {"rows": rows, "batched": batched}[engine].gradients(graph, every, keep_graph=keep)
+            whole = Needs.JACOBIAN in plan.needs
+            return Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole)
         except RuntimeError as error:
             explain(error)  # gradients that are read too late
             raise
@@ -567,8 +565,9 @@ class Batch:
     def _two_backwards(self, weighted: Tensor, plain: Tensor) -> Pairs:
         shared = self._plan.shared_for("shared parameters")
         known = {id(p) for p in shared}
-        rest = [p for p in leaves([plain]) if id(p) not in known]
-        keep, short = self._plan.keep_graph, narrow([plain])
+        graph = Backward([plain])
+        rest = [p for p in graph.leaves if id(p) not in known]
+        keep, short = self._plan.keep_graph, graph.narrow
         first = gradient(weighted, shared, keep_graph=True, narrow=short)
         second = gradient(plain, rest, keep_graph=keep, narrow=short)
         return [*zip(shared, first, strict=True), *zip(rest, second, strict=True)]
@@ -596,6 +595,8 @@ def main_scope(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The parameters that are shared or that the main task's loss reaches."""
     mains = plan.use.main if plan.use is not None else ()
-    allowed = {id(p) for p in plan.shared or []} | {id(p) for p in leaves(losses[t] for t in mains if t in losses)}
+    allowed = {id(p) for p in plan.shared or []} | {
+        id(p) for p in Backward(losses[t] for t in mains if t in losses).leaves
+    }
     kept = [(p, g) for p, g in zip(parameters, tangents, strict=True) if id(p) in allowed]
     return [p for p, _ in kept], [g for _, g in kept]

@@ -11,7 +11,7 @@ from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs
 from mtlweight.engines import forward
 from mtlweight.engines._batch import Batch, Plan, Reference, main_scope
-from mtlweight.engines._graph import leaves
+from mtlweight.engines._graph import Backward
 from mtlweight.engines._range import restored, unit
 
 
@@ -57,7 +57,7 @@ def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) ->
     if plan.use is not None and plan.use.scope == "main":
         kept, _ = main_scope(plan, present, parameters, tangents)
         outside = {id(p) for p in parameters} - {id(p) for p in kept}
-        if any(id(p) in outside for p in leaves(present.values())):
+        if any(id(p) in outside for p in Backward(present.values()).leaves):
             plan.warn("forward", "the reference reaches heads of other tasks, which scope='main' leaves out")
             return Batch(present, plan, known)
     plan.used.append("forward")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
 from mtlweight._statistics import all_finite
-from mtlweight.engines._graph import compiled
+from mtlweight.engines._graph import Backward
 
 _REPEATABLE: WeakSet[type] = WeakSet()
 """Compiled backwards that were seen to run twice on one graph and to find the same."""
@@ -80,7 +80,7 @@ def grad(
         return ()
     try:
         found = run()
-        fresh = compiled(outputs) - {*_REPEATABLE} if retain_graph and check else None
+        fresh = Backward(outputs).compiled - {*_REPEATABLE} if retain_graph and check else None
         if fresh and all_finite([g for g in found if g is not None]):
             if not all(map(_same, found, run())):
                 raise MTLWeightError(_DONATED)
@@ -108,7 +108,7 @@ def vectorized(engine: str, outputs: Sequence[Tensor]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not compiled(outputs):
+        if not Backward(outputs).compiled:
             raise
         raise MTLWeightError(
             f"engine={engine!r} runs several backwards at once: expected a model that torch can vectorise, found one "

@@ -2,22 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import functools
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 
-def leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
-    """The leaf tensors whose ``.grad`` a backward from ``outputs`` would write, in a stable order."""
-    outputs = list(outputs)
-    found = {id(output): output for output in outputs if output.grad_fn is None and output.requires_grad}
-    for node in _nodes(outputs):
-        leaf = _leaf(node)
-        if leaf is not None:
-            found[id(leaf)] = leaf
-    return list(found.values())
+class Backward:
+    """What a backward from some tensors passes. It is walked once, by the first question.
+
+    It keeps the graph alive, and with it what the forward saved.
+
+    Args:
+        outputs: where the backward would start.
+    """
+
+    def __init__(self, outputs: Iterable[Tensor]) -> None:
+        self.outputs = list(outputs)
+
+    @functools.cached_property
+    def nodes(self) -> list[Node]:
+        """All nodes, each once."""
+        stack = [output.grad_fn for output in self.outputs if output.grad_fn is not None]
+        found = dict.fromkeys(stack)
+        while stack:
+            for parent, _ in stack.pop().next_functions:
+                if parent is not None and parent not in found:
+                    found[parent] = None
+                    stack.append(parent)
+        return list(found)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The leaf tensors whose ``.grad`` the backward would write, in a stable order."""
+        found = {id(output): output for output in self.outputs if output.grad_fn is None and output.requires_grad}
+        for node in self.nodes:
+            leaf = _leaf(node)
+            if leaf is not None:
+                found[id(leaf)] = leaf
+        return list(found.values())
+
+    @functools.cached_property
+    def narrow(self) -> bool:
+        """Whether gradients pass through float16. Of a compiled model, only its ends are seen."""
+        dtypes = {each.dtype for node in self.nodes for each in getattr(node, "_input_metadata", ())}
+        return torch.float16 in dtypes or any(output.dtype == torch.float16 for output in self.outputs)
+
+    @property
+    def compiled(self) -> set[type]:
+        """The backwards of compiled models: a type for each model, shape and dtype that was compiled."""
+        return {type(node) for node in self.nodes if node.name() == "CompiledFunctionBackward"}
+
+    @property
+    def once_differentiable(self) -> bool:
+        """Whether a ``once_differentiable`` backward is among them. Torch cuts the graph there: another skips it."""
+        return any(node.name() == "torch::autograd::Error" for node in self.nodes)
+
+    @property
+    def reentrant(self) -> bool:
+        """Whether reentrant activation checkpointing is among them, which hides the parameters that it uses."""
+        return any(node.name() == "CheckpointFunctionBackward" for node in self.nodes)
+
+    def bypassed(self, views: Mapping[Tensor, Tensor]) -> list[Tensor]:
+        """The leaves that are reached other than through the view that was to be used.
+
+        Args:
+            views: from leaf to its view.
+        """
+        gates = {view.grad_fn for view in views.values()}
+        others = (node for node in self.nodes if node not in gates)
+        direct = {id(_leaf(parent)) for node in others for parent, _ in node.next_functions if parent is not None}
+        return [leaf for leaf in views if id(leaf) in direct]
 
 
 def leaves_of_each(outputs: Iterable[Tensor]) -> list[set[int]]:
@@ -43,59 +100,6 @@ def leaves_of_each(outputs: Iterable[Tensor]) -> list[set[int]]:
         before = [found[k] for k in met - {t}]
         found.append(before[0] if len(before) == 1 and not mine else mine.union(*before))  # many samples share one set
     return found
-
-
-def reached(outputs: Iterable[Tensor]) -> set[Node]:
-    """All nodes that a backward from ``outputs`` passes."""
-    return set(_nodes(outputs))
-
-
-def bypassed(outputs: Iterable[Tensor], views: Mapping[Tensor, Tensor]) -> list[Tensor]:
-    """The leaves that the graph reaches other than through the view that it was to use.
-
-    Args:
-        outputs: where the graph ends.
-        views: from leaf to its view.
-    """
-    gates = {view.grad_fn for view in views.values()}
-    others = (node for node in _nodes(outputs) if node not in gates)
-    direct = {id(_leaf(parent)) for node in others for parent, _ in node.next_functions if parent is not None}
-    return [leaf for leaf in views if id(leaf) in direct]
-
-
-def dtypes(outputs: Iterable[Tensor]) -> set[torch.dtype]:
-    """The dtypes of the gradients that a backward from ``outputs`` computes; of a compiled model's, its ends' alone."""
-    outputs = list(outputs)
-    return {x.dtype for x in outputs} | {
-        each.dtype for node in _nodes(outputs) for each in getattr(node, "_input_metadata", ())
-    }
-
-
-def once_differentiable(outputs: Iterable[Tensor]) -> bool:
-    """Whether a ``once_differentiable`` backward is in the graph. Torch cuts the graph there: another one skips it."""
-    return any(node.name() == "torch::autograd::Error" for node in _nodes(outputs))
-
-
-def reentrant(outputs: Iterable[Tensor]) -> bool:
-    """Whether reentrant activation checkpointing is in the graph, which hides the parameters that it uses."""
-    return any(node.name() == "CheckpointFunctionBackward" for node in _nodes(outputs))
-
-
-def compiled(outputs: Iterable[Tensor]) -> set[type]:
-    """The backwards of compiled models in the graph: a type for each model, shape and dtype that was compiled."""
-    return {type(node) for node in _nodes(outputs) if node.name() == "CompiledFunctionBackward"}
-
-
-def _nodes(outputs: Iterable[Tensor]) -> Iterator[Node]:
-    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set()
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
 
 
 def _leaf(node: Node) -> Tensor | None:

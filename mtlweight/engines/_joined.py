@@ -15,10 +15,10 @@ from mtlweight._view import Needs, View
 from mtlweight._weighting import Level
 from mtlweight.engines import _losses
 from mtlweight.engines._batch import Batch, Plan, Reference
-from mtlweight.engines._graph import leaves
+from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import inject_known
 from mtlweight.engines._processes import Layout, Processes, sharded
-from mtlweight.engines._rows import Rows, row_dtype
+from mtlweight.engines._rows import Rows
 
 
 class Joined(Batch):
@@ -108,7 +108,7 @@ class Joined(Batch):
         else:
             scalar = self._with_learnt(self.idle(), means.sum())
         if len(self._part.tasks) < len(self._all.tasks):  # who averages gradients waits for every parameter's
-            had = {id(p) for p in leaves([scalar])}
+            had = {id(p) for p in Backward([scalar]).leaves}
             rest: list[tuple[Tensor, Tensor | None]] = [
                 (p, torch.zeros_like(p)) for p in self._touched() if id(p) not in had
             ]
@@ -122,7 +122,7 @@ class Joined(Batch):
 
     def _touched(self) -> list[Tensor]:
         # Sharded parameters are not in the graph, and no other process waits for them.
-        mine = [] if sharded(self._plan.trainable) else leaves(self._all._losses.values())
+        mine = [] if sharded(self._plan.trainable) else Backward(self._all._losses.values()).leaves
         return mine or self._plan.trainable
 
     def _own(self, coefficients: Tensor | None) -> Tensor | None:
@@ -135,17 +135,16 @@ class Joined(Batch):
         self, inputs: list[Tensor], coefficients: Tensor | None, engine: str, keep_graph: bool | None = None
     ) -> Rows:
         m, n = len(self.tasks), sum(p.numel() for p in inputs)
-        matrix = torch.empty(0, n) if Needs.JACOBIAN in self._plan.needs else None
-        like = torch.empty(m * n + 1, dtype=row_dtype(inputs), device=inputs[0].device)
-        mine = Rows.collect([], inputs, [], coefficients, matrix)
+        mine = Rows.collect([], 0, inputs, [], coefficients, whole=Needs.JACOBIAN in self._plan.needs)
+        like = torch.empty(m * n + 1, dtype=mine.dtype, device=inputs[0].device)
 
         def fill(vector: Tensor) -> None:
             nonlocal mine
             if self._places:
                 mine = self._part._measure(inputs, self._own(coefficients), engine, keep_graph)
             rows = vector[:-1].view(m, n)
-            for place, vectors in zip(self._places, mine.vectors, strict=True):
-                for piece, found in zip(rows[place].split(mine.widths), vectors, strict=True):
+            for t, place in enumerate(self._places):
+                for piece, found in zip(rows[place].split(mine.widths), mine.vectors(t), strict=True):
                     if found is not None:
                         piece.copy_(found)
             vector[-1] = mine.reached

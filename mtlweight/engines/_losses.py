@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
-from mtlweight._statistics import statistics_dtype
+from mtlweight._statistics import statistics_dtype, widest
 
 Masks = Mapping[str, Tensor]
 """Which samples of a task have a label, ``[b]`` of booleans. A task without an entry has them all."""
@@ -222,7 +222,5 @@ def scalar(reference: Any) -> Tensor:
 def stack(losses: Mapping[str, Tensor]) -> Tensor:
     """``[m]`` or ``[m, b]``, on the first loss's device, in a dtype that holds all, float32 at least."""
     rows = list(losses.values())
-    dtype = torch.float32  # a sum in float16 may overflow, and would round the weights
-    for row in rows:
-        dtype = torch.promote_types(dtype, row.dtype)
-    return torch.stack([row.to(rows[0].device, dtype) for row in rows])
+    dtype, device = widest(rows), rows[0].device  # a sum in float16 may overflow, and would round the weights
+    return torch.stack([row.to(device, dtype) for row in rows])

@@ -18,9 +18,9 @@ from mtlweight.engines import _losses
 from mtlweight.engines._again import snapshot
 from mtlweight.engines._batch import Batch, Plan, Reference
 from mtlweight.engines._evaluate import evaluated
-from mtlweight.engines._graph import leaves
+from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import inject_known
-from mtlweight.engines._range import gradient, narrow, wide
+from mtlweight.engines._range import gradient, wide
 from mtlweight.engines._rows import Rows
 
 
@@ -109,9 +109,9 @@ class MicroBatches(Batch):
             if self._plan.heads == "unweighted" and self._plan.shared is not None:
                 pairs = self._two_backwards(*sums)
             else:
-                reached = leaves(sums[:1])
-                found = gradient(sums[0], reached, keep_graph=False, narrow=narrow(sums[:1]))
-                pairs = [*zip(reached, found, strict=True)]
+                graph = Backward(sums[:1])
+                found = gradient(sums[0], graph.leaves, keep_graph=False, narrow=graph.narrow)
+                pairs = [*zip(graph.leaves, found, strict=True)]
             for p, g in self._inner(pairs):
                 if g is not None:
                     total[p] = total[p] + g if p in total else wide(g)

@@ -13,17 +13,24 @@ from torch import Tensor
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-@contextlib.contextmanager
-def full_precision() -> Iterator[Callable[[Any], Any]]:
+def full_precision() -> contextlib.AbstractContextManager[Callable[[Any], Any]]:
     """Within the context nothing is autocast, but for the user's callables: it yields what puts it back on in them.
 
     That takes a callable, or a collection of these, and returns one that runs under the autocast that was on outside;
     anything else it returns as it is.
     """
     on = {device: torch.get_autocast_dtype(device) for device in DEVICES if torch.is_autocast_enabled(device)}
+    return _switched_off(on) if on else contextlib.nullcontext(_as_it_is)
 
+
+def _as_it_is(given: Any) -> Any:
+    return given
+
+
+@contextlib.contextmanager
+def _switched_off(on: Mapping[str, torch.dtype]) -> Iterator[Callable[[Any], Any]]:
     def as_outside(given: Any) -> Any:
-        if not on or isinstance(given, Tensor):
+        if isinstance(given, Tensor):
             return given
         if isinstance(given, (list, tuple)):
             return type(given)(map(as_outside, given)) if type(given) in (list, tuple) else given

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mtlweight._statistics import all_finite
 from mtlweight.engines._grad import grad
-from mtlweight.engines._graph import dtypes
 
 Gradients = tuple[Tensor | None, ...]
 Pull = Callable[[float, bool], Sequence[Tensor | None]]
@@ -18,11 +17,6 @@ Pull = Callable[[float, bool], Sequence[Tensor | None]]
 
 SCALES = tuple(2.0**k for k in (15, 8, 0, -8))
 """Tried one after the other until nothing overflows. The first is the largest power of two that float16 holds."""
-
-
-def narrow(outputs: Sequence[Tensor]) -> bool:
-    """Whether gradients of these pass through float16."""
-    return torch.float16 in dtypes(outputs)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from mtlweight.engines import _ahead, _losses
 from mtlweight.engines._again import snapshot
 from mtlweight.engines._batch import Batch, Plan, Reference
 from mtlweight.engines._evaluate import evaluated
+from mtlweight.engines._graph import Backward
 from mtlweight.engines._joined import Joined
 from mtlweight.engines._micro import MicroBatches
 from mtlweight.engines._processes import expect_whole
-from mtlweight.engines._range import gradient, narrow
+from mtlweight.engines._range import gradient
 
 
 def read(losses: Any, reference: Any, plan: Plan) -> Batch:
@@ -84,7 +85,7 @@ def _look_ahead(losses: Any, reference: Any, known: Callable[[], Reference], pla
         inner = [p for p in plan.trainable if id(p) not in outer]
 
         def own() -> dict[Tensor, Tensor | None]:
-            found = gradient(scalar, inner, keep_graph=False, narrow=narrow([scalar]))
+            found = gradient(scalar, inner, keep_graph=False, narrow=Backward([scalar]).narrow)
             return dict(zip(inner, found, strict=True))
 
         found = own() if plan.processes is None else plan.processes.averaged(own, inner)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mtlweight._statistics import gramian_of
+from mtlweight._statistics import gramian_of, widest
 from mtlweight._weighting import Level
 from mtlweight.engines._inject import inject
 from mtlweight.engines._range import Gradients, dense, wide
@@ -26,66 +26,80 @@ class Rows:
     Args:
         inputs: the tensors that the columns belong to.
         rest: other leaves.
-        groups: places in ``inputs`` whose gradients are joined.
-        vectors: for each output, a vector a group, or ``None`` for zero.
+        groups: places in ``inputs`` whose gradients are one vector.
+        long: for each output, a vector for each group that has no block, or ``None`` for zero.
+        block: the vectors of the last group, ``[m, *]``, if it joins several inputs; ``J``, if the group is all.
         reach: for each output, the places of the inputs that it depends on.
         heads: for each output, its gradients by their place in ``rest``.
         coefficients: ``[m, b]`` weights that the outputs were made with, if any.
-        matrix: ``J``, ``[m, n]``, if it was asked for: the one group is its rows then.
+        dtype: of the vectors.
     """
 
     inputs: list[Tensor]
     rest: list[Tensor]
     groups: list[list[int]]
-    vectors: list[list[Tensor | None]]
+    long: list[list[Tensor | None]]
+    block: Tensor | None
     reach: list[set[int]]
     heads: list[dict[int, Tensor]]
     coefficients: Tensor | None
-    matrix: Tensor | None = None
+    dtype: torch.dtype
 
     @classmethod
     def collect(
         cls,
         gradients: Iterable[Gradients],
+        m: int,
         inputs: list[Tensor],
         rest: list[Tensor],
         coefficients: Tensor | None,
-        matrix: Tensor | None,
+        *,
+        whole: bool,
     ) -> Rows:
-        """From each output's gradients with respect to ``inputs``, then ``rest``; into the matrix, if one is given."""
-        count = len(inputs)
-        long = [[k] for k, p in enumerate(inputs) if p.numel() > LONG]
-        short = [k for k, p in enumerate(inputs) if p.numel() <= LONG]
-        groups = [list(range(count))] if matrix is not None else [*long, short] if short else long
-        rows = cls(inputs, rest, groups, [], [], [], coefficients, matrix)
+        """From the ``m`` outputs' gradients with respect to ``inputs``, then ``rest``.
+
+        Args:
+            gradients: of one output after the other.
+            m: their number.
+            inputs: see above.
+            rest: see above.
+            coefficients: see above.
+            whole: whether all groups are one, so that the block is ``J``.
+        """
+        count, sizes, dtype = len(inputs), [p.numel() for p in inputs], widest(inputs)
+        single = [] if whole else [k for k in range(count) if sizes[k] > LONG]
+        joined = [k for k in range(count) if whole or sizes[k] <= LONG]
+        width = sum(sizes[k] for k in joined)
+        block = torch.empty(m, width, dtype=dtype, device=inputs[0].device) if joined else None
+        groups = [[k] for k in single] + ([joined] if joined else [])
+        rows = cls(inputs, rest, groups, [], block, [], [], coefficients, dtype)
         for t, found in enumerate(gradients):
-            out = None if matrix is None else matrix[t]
-            rows.vectors.append([rows._joined([found[k] for k in group], group, out) for group in groups])
+            rows.long.append([None if found[k] is None else rows._flat(k, found[k]) for k in single])
+            if block is not None:
+                torch.cat([rows._flat(k, found[k]) for k in joined], out=block[t])
             rows.reach.append({k for k in range(count) if found[k] is not None})
             rows.heads.append({k: dense(g) for k, g in enumerate(found[count:]) if g is not None})
         return rows
 
-    def _joined(self, found: list[Tensor | None], group: list[int], out: Tensor | None) -> Tensor | None:
-        if out is None and all(g is None for g in found):
-            return None
-        dtype, device = row_dtype(self.inputs), self.inputs[0].device
-        parts = [
-            torch.zeros(self.inputs[k].numel(), dtype=dtype, device=device)
-            if g is None
-            else dense(g).flatten().to(device, dtype)
-            for k, g in zip(group, found, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 and out is None else torch.cat(parts, out=out)
+    def _flat(self, k: int, gradient: Tensor | None) -> Tensor:
+        device = self.inputs[0].device
+        if gradient is None:
+            return torch.zeros(self.inputs[k].numel(), dtype=self.dtype, device=device)
+        return dense(gradient).flatten().to(device, self.dtype)
 
     @property
     def reached(self) -> bool:
         """Whether any output depends on any input."""
         return any(self.reach)
 
+    def vectors(self, t: int) -> list[Tensor | None]:
+        """Those of output ``t``, one a group."""
+        return self.long[t] if self.block is None else [*self.long[t], self.block[t]]
+
     def bad_input(self, t: int) -> Tensor | None:
         """The first input for which the gradient of output ``t`` is not finite."""
         parts: dict[int, Tensor] = {}
-        for group, vector in zip(self.groups, self.vectors[t], strict=True):
+        for group, vector in zip(self.groups, self.vectors(t), strict=True):
             if vector is not None:
                 parts.update(zip(group, vector.split([self.inputs[k].numel() for k in group]), strict=True))
         return next((self.inputs[k] for k in sorted(parts) if not parts[k].isfinite().all()), None)
@@ -102,37 +116,45 @@ class Rows:
 
     def like(self, matrix: Tensor, coefficients: Tensor | None, *, reached: bool) -> Rows:
         """Other rows for the same inputs, group after group in the columns of a matrix."""
-        vectors: list[list[Tensor | None]] = [list(row.split(self.widths)) for row in matrix]
+        columns = list(matrix.split(self.widths, dim=1))
+        block = None if self.block is None else columns.pop()
+        long: list[list[Tensor | None]] = [[column[t] for column in columns] for t in range(len(matrix))]
         reach = [set(range(len(self.inputs)) if reached else ()) for _ in matrix]
-        whole = None if self.matrix is None else matrix
-        return Rows(self.inputs, [], self.groups, vectors, reach, [{} for _ in matrix], coefficients, whole)
+        return self._of(long, block, reach, coefficients)
 
     def zero(self, m: int, coefficients: Tensor | None) -> Rows:
         """``m`` rows of zeros for the same inputs, to be added to."""
-        matrix = None if self.matrix is None else self.matrix.new_zeros(m, self.matrix.shape[1])
-        vectors: list[list[Tensor | None]] = [
-            [None for _ in self.groups] if matrix is None else [matrix[t]] for t in range(m)
-        ]
+        block = None if self.block is None else self.block.new_zeros(m, self.block.shape[1])
+        long: list[list[Tensor | None]] = [[None] * (len(self.groups) - (block is not None)) for _ in range(m)]
         reach: list[set[int]] = [set() for _ in range(m)]
-        return Rows(self.inputs, [], self.groups, vectors, reach, [{} for _ in range(m)], coefficients, matrix)
+        return self._of(long, block, reach, coefficients)
+
+    def _of(
+        self, long: list[list[Tensor | None]], block: Tensor | None, reach: list[set[int]], coefficients: Tensor | None
+    ) -> Rows:
+        heads: list[dict[int, Tensor]] = [{} for _ in reach]
+        return Rows(self.inputs, [], self.groups, long, block, reach, heads, coefficients, self.dtype)
 
     def add(self, places: Sequence[int], others: Rows) -> None:
         """Adds other rows to the ones in these places."""
-        for t, row, reach in zip(places, others.vectors, others.reach, strict=True):
-            self.reach[t] |= reach
-            for j, vector in enumerate(row):
-                if vector is not None:
-                    mine = self.vectors[t][j]
-                    if self.matrix is not None:
-                        self.matrix[t] += vector
-                    else:  # not in place: autograd may give one gradient to two inputs, or one number for many entries
-                        self.vectors[t][j] = vector if mine is None else mine + vector
+        for i, t in enumerate(places):
+            self.reach[t] |= others.reach[i]
+            for j, vector in enumerate(others.long[i]):
+                if vector is not None:  # not in place: autograd may give one gradient to two inputs
+                    mine = self.long[t][j]
+                    self.long[t][j] = vector if mine is None else mine + vector
+            if self.block is not None and others.block is not None:
+                self.block[t] += others.block[i]
 
     def subset(self, keep: Sequence[int]) -> Rows:
         """Some of the rows."""
-        vectors, reach, heads = ([each[t] for t in keep] for each in (self.vectors, self.reach, self.heads))
-        matrix = None if self.matrix is None else self.matrix[keep]
-        return Rows(self.inputs, self.rest, self.groups, vectors, reach, heads, self.coefficients, matrix)  # type: ignore[arg-type]  # lists of each kind
+        return replace(
+            self,
+            long=[self.long[t] for t in keep],
+            block=None if self.block is None else self.block[keep],
+            reach=[self.reach[t] for t in keep],
+            heads=[self.heads[t] for t in keep],
+        )
 
     def combined(self, value: Tensor, weights: Tensor, writes: Level, heads: str) -> Tensor:
         """The scalar of a given value whose backward writes the weighted sum of the rows.
@@ -143,13 +165,13 @@ class Rows:
             writes: ``"task"`` or ``"entry"``.
             heads: ``"weighted"`` or ``"unweighted"``.
         """
-        dtype, groups = row_dtype(self.inputs), self.groups
+        dtype, groups = self.dtype, self.groups
         shapes = [p.shape for p in self.inputs]
         reached = sorted(set[int]().union(*self.reach))  # no others are in the graph: some reducers count on that
         weighted = writes == "task" and heads == "weighted"
-        shared = [(t, j) for t, row in enumerate(self.vectors) for j, vector in enumerate(row) if vector is not None]
+        shared = [(t, j) for t, row in enumerate(self.long) for j, vector in enumerate(row) if vector is not None]
         others = [(t, k) for t, row in enumerate(self.heads) for k in row]
-        count = len(self.rest)
+        count, joined = len(self.rest), self.block is not None
 
         def gradients(incoming: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
             # What comes in, such as a loss scale, goes into the weights: that spares a pass over every gradient.
@@ -157,8 +179,10 @@ class Rows:
             totals: list[Tensor | None] = [None] * len(groups)
             for (t, j), vector in zip(shared, saved[1:], strict=False):
                 totals[j] = _plus(totals[j], factors[t], vector)
+            for factor, vector in zip(factors, saved[-1], strict=True) if joined else ():
+                totals[-1] = _plus(totals[-1], factor, vector)
             tails: list[Tensor | None] = [None] * count
-            for (t, k), g in zip(others, saved[1 + len(shared) :], strict=True):
+            for (t, k), g in zip(others, saved[1 + len(shared) :], strict=False):
                 tails[k] = _plus(tails[k], (factors[t] if weighted else incoming).to(g.device), wide(g))
             found: list[Tensor | None] = [None] * len(shapes)
             for group, total in zip(groups, totals, strict=True):
@@ -167,29 +191,20 @@ class Rows:
                         found[k] = part.view(shapes[k])
             return [found[k] for k in reached] + tails
 
-        tensors = [vector for row in self.vectors for vector in row if vector is not None]
+        tensors = [vector for row in self.long for vector in row if vector is not None]
         tensors += [g for row in self.heads for g in row.values()]
+        tensors += [] if self.block is None else [self.block]
         leaves = [*(self.inputs[k] for k in reached), *self.rest]
         return inject(value, leaves, [weights, *tensors], gradients)
 
-    def _columns(self) -> Iterator[list[Tensor]]:
+    def _columns(self) -> Iterator[Tensor | list[Tensor]]:
         """For each group, its ``m`` vectors."""
-        for group, column in zip(self.groups, zip(*self.vectors, strict=True), strict=True):
-            like = next((vector for vector in column if vector is not None), None)
-            if like is None:  # a group that no output depends on
-                n = sum(self.inputs[k].numel() for k in group)
-                like = torch.zeros(n, dtype=row_dtype(self.inputs), device=self.inputs[0].device)
-            zero = torch.zeros_like(like) if any(vector is None for vector in column) else like
+        for (k,), column in zip(self.groups, zip(*self.long, strict=True), strict=False):
+            zero = self._flat(k, None) if any(vector is None for vector in column) else torch.empty(0)
             yield [zero if vector is None else vector for vector in column]
+        if self.block is not None:
+            yield self.block
 
 
 def _plus(total: Tensor | None, factor: Tensor, vector: Tensor) -> Tensor:
     return factor * vector if total is None else total.addcmul_(factor, vector)
-
-
-def row_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of their gradients as rows: float32, or float64 if one of them is."""
-    dtype = torch.float32
-    for p in parameters:
-        dtype = torch.promote_types(dtype, p.dtype)
-    return dtype

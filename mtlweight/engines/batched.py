@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from mtlweight.engines._grad import grad, vectorized
-from mtlweight.engines._range import Gradients, narrow, unscaled
+from mtlweight.engines._graph import Backward
+from mtlweight.engines._range import Gradients, unscaled
 
 CHUNK = 32
 """Rows in one backward."""
 
 
 def gradients(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, keep_graph: bool, chunk_size: int = CHUNK
+    graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool, chunk_size: int = CHUNK
 ) -> Iterator[Gradients]:
     """The gradients of each output with respect to all inputs, ``chunk_size`` outputs in one vectorised backward.
 
@@ -24,21 +25,21 @@ def gradients(
     Operators without a batching rule for their backward are looped over by torch.
 
     Args:
-        outputs: scalars.
+        graph: of the outputs, which are scalars.
         inputs: leaves or intermediate tensors; ``None`` is returned where no output depends on one.
         keep_graph: whether the graph is needed again after the last output.
         chunk_size: outputs in one backward.
     """
-    stacked = torch.stack(list(outputs))
-    basis = torch.eye(len(outputs), dtype=stacked.dtype, device=stacked.device)
-    chunks, short = basis.split(chunk_size), narrow(outputs)
+    stacked = torch.stack(graph.outputs)
+    basis = torch.eye(len(stacked), dtype=stacked.dtype, device=stacked.device)
+    chunks, short = basis.split(chunk_size), graph.narrow
 
     def pull(chunk: Tensor, scale: float, keep: bool) -> Gradients:
         return grad([stacked], inputs, [scale * chunk], retain_graph=keep, is_grads_batched=True)
 
     for i, chunk in enumerate(chunks):
         keep = keep_graph or i + 1 < len(chunks)
-        with vectorized("batched", outputs):
+        with vectorized("batched", graph.outputs):
             columns = unscaled(functools.partial(pull, chunk), keep) if short else pull(chunk, 1.0, keep)
         for k in range(len(chunk)):
             yield tuple(None if column is None else column[k] for column in columns)

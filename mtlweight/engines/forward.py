@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from mtlweight.engines._again import snapshot
-from mtlweight.engines._graph import bypassed
+from mtlweight.engines._graph import Backward
 from mtlweight.engines._tangents import RULES
 
 
@@ -106,7 +106,7 @@ def losses_and_tangents(
             with _Corrections(), sdpa_kernel(SDPBackend.MATH):
                 returned = torch.func.functional_call(module, swapped, (), tie_weights=False)
             losses = named(returned)
-            for p in bypassed(losses.values(), duals):  # its derivative would be missing
+            for p in Backward(losses.values()).bypassed(duals):  # its derivative would be missing
                 raise RuntimeError(f"a parameter of shape {list(p.shape)} is used outside model= and shared=")
             parts = {task: _split(loss) for task, loss in losses.items()}
             return {t: primal for t, (primal, _) in parts.items()}, {t: tangent for t, (_, tangent) in parts.items()}

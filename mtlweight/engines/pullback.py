@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtlweight.engines._grad import grad
-from mtlweight.engines._graph import once_differentiable
+from mtlweight.engines._graph import Backward
 
 
 def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
@@ -33,7 +33,7 @@ def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequ
     u = torch.zeros_like(stacked, requires_grad=True)
     pulled = grad([stacked], inputs, [u], retain_graph=True, check=False, create_graph=True)
     pairs = [(v, g.to(v.dtype)) for v, g in zip(pulled, tangents, strict=True) if v is not None and v.requires_grad]
-    if once_differentiable(v for v, _ in pairs):
+    if Backward(v for v, _ in pairs).once_differentiable:
         raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
     if not pairs:
         return torch.zeros_like(stacked)

@@ -7,30 +7,33 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mtlweight.engines._graph import compiled, leaves_of_each
-from mtlweight.engines._range import Gradients, gradient, narrow, wide
+from mtlweight.engines._graph import Backward, leaves_of_each
+from mtlweight.engines._range import Gradients, gradient, wide
 
 
-def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], *, keep_graph: bool) -> Iterator[Gradients]:
+def gradients(graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool) -> Iterator[Gradients]:
     """The gradients of each output with respect to all inputs, one output at a time.
 
     Works on every graph, compiled models included, and touches only what an output depends on. Cost: one backward an
     output. Memory: one gradient at a time.
 
     Args:
-        outputs: scalars.
+        graph: of the outputs, which are scalars.
         inputs: leaves or intermediate tensors; ``None`` is returned where an output does not depend on one.
         keep_graph: whether the graph is needed again after the last output.
     """
-    short, check = narrow(outputs), bool(compiled(outputs))
+    outputs, narrow, check = graph.outputs, graph.narrow, bool(graph.compiled)
     # Not to ask for all other tasks' heads saves a tenth of the time where there are many.
     reached = leaves_of_each(outputs) if len(outputs) > 4 else None
     for i, output in enumerate(outputs):
-        mine = inputs if reached is None else [x for x in inputs if not x.is_leaf or id(x) in reached[i]]
         keep = keep_graph or i + 1 < len(outputs)
-        found = gradient(output, mine, keep_graph=keep, narrow=short, check=check)
-        known = dict(zip(map(id, mine), found, strict=True))
-        yield tuple(known.get(id(x)) for x in inputs)
+        if reached is None:
+            yield gradient(output, inputs, keep_graph=keep, narrow=narrow, check=check)
+        else:
+            mine = [x for x in inputs if not x.is_leaf or id(x) in reached[i]]
+            found = gradient(output, mine, keep_graph=keep, narrow=narrow, check=check)
+            known = dict(zip(map(id, mine), found, strict=True))
+            yield tuple(known.get(id(x)) for x in inputs)
 
 
 def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
@@ -45,7 +48,7 @@ def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequ
         Tensor: ``[m, b]`` or ``[m]``.
     """
     outputs = [sample for row in losses for sample in row.reshape(-1).unbind()]
-    products = [inner(row, tangents) for row in gradients(outputs, inputs, keep_graph=True)]
+    products = [inner(row, tangents) for row in gradients(Backward(outputs), inputs, keep_graph=True)]
     return torch.stack(products).reshape(len(losses), *losses[0].shape)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mtlweight.engines._grad import vectorized
-from mtlweight.engines._range import Gradients, narrow, unscaled, wide
+from mtlweight.engines._graph import Backward
+from mtlweight.engines._range import Gradients, unscaled, wide
 
 CHUNK = 64
 """Samples in one vectorised backward."""
@@ -36,7 +37,7 @@ def jacobian(losses: Sequence[Tensor], inputs: Sequence[Tensor], *, chunk_size: 
         found: Sequence[Tensor] = torch.func.vmap(pull, chunk_size=chunk_size, randomness="error")(scale * chunk)
         return found
 
-    basis, short = torch.eye(len(flat), dtype=flat.dtype, device=flat.device), narrow(losses)
+    basis, short = torch.eye(len(flat), dtype=flat.dtype, device=flat.device), Backward(losses).narrow
     for chunk in basis.split(chunk_size):
         with vectorized("samples", losses):
             found = unscaled(functools.partial(pull_all, chunk), True) if short else pull_all(chunk, 1.0)

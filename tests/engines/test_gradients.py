@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import mtlweight
 from mtlweight import MultiTaskOptimizer, Needs
 from mtlweight._statistics import FEW, all_finite, gramian_of
-from mtlweight.engines._graph import leaves, leaves_of_each
+from mtlweight.engines._graph import Backward, leaves_of_each
 from tests.engines.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem
 
 # Some operators' backward has no batching rule: torch loops over it and says so, once in a process.
@@ -309,7 +309,7 @@ def test_the_leaves_of_each_output_are_found_in_one_walk(uses, chained):
     found = leaves_of_each([*outputs, parameters[0]])
     assert found[-1] == {id(parameters[0])}
     for t, mine in enumerate(reached):
-        assert {id(leaf) for leaf in leaves([outputs[t]])} == mine
+        assert {id(leaf) for leaf in Backward([outputs[t]]).leaves} == mine
         assert mine <= found[t] <= set().union(*reached[: t + 1])
 
 
