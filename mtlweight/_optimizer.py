@@ -413,11 +413,12 @@ class MultiTaskOptimizer(Optimizer):
         r = self._record
         return Plan(
             weighting=r.weighting,
+            use=r.weighting.reference,
             needs=r.weighting.needs_at(r.step),
             engine=r.engine,
             heads=r.heads,
             list_shared=lambda: None if r.shared is None else parameters(r.shared, without=parameters(r.outer)),
-            outer=parameters(r.outer),
+            outer=parameters(r.outer) if r.outer else [],
             keep_graph=r.penalty is not None,
             optimizer=r.optimizer,
             modules=self._modules(),

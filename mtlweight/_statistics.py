@@ -92,7 +92,6 @@ FEW = 64
 """So many numbers are looked at one by one sooner than by operations on their tensor."""
 
 
-@torch.no_grad()
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity."""
     if len(tensors) == 1 and _is_short(tensors[0]):
@@ -110,7 +109,7 @@ def _is_short(tensor: Tensor) -> bool:
 
 def _sum_is_finite(tensor: Tensor) -> bool:
     if not _is_short(tensor):
-        return math.isfinite(tensor.sum())
+        return math.isfinite(tensor.detach().sum())
     values: Any = tensor.tolist()
     return all(map(math.isfinite, values)) if tensor.ndim else math.isfinite(values)
 

@@ -35,6 +35,7 @@ class Plan:
 
     Args:
         weighting: the weighting, for messages.
+        use: how the weighting uses the reference.
         needs: what will be read at this step.
         engine: one of :data:`ENGINES`.
         heads: ``"weighted"`` or ``"unweighted"``.
@@ -57,6 +58,7 @@ class Plan:
     """
 
     weighting: Weighting
+    use: ReferenceUse | None
     needs: Needs
     engine: str
     heads: str
@@ -87,11 +89,6 @@ class Plan:
     def writes(self) -> Level:
         """The level of the weights."""
         return self.weighting.writes
-
-    @functools.cached_property
-    def use(self) -> ReferenceUse | None:
-        """How the reference is used."""
-        return self.weighting.reference
 
     @functools.cached_property
     def masks(self) -> dict[str, Tensor]:
@@ -462,7 +459,7 @@ class Batch:
             scalar = rows.combined(value, weights, writes, self._plan.heads)
         else:
             terms = plain if writes == "task" else stacked
-            total = (weights.to(terms.dtype) * terms).sum()
+            total = weights.to(terms.dtype).flatten() @ terms.flatten()
             if self._plan.heads == "unweighted" and self._plan.shared is not None:
                 scalar = inject_known(value, self._inner(self._two_backwards(total, plain.sum())))
             elif self._plan.outer:

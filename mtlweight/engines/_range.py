@@ -43,7 +43,8 @@ def gradient(
     """
 
     def pull(scale: float, keep: bool) -> Gradients:
-        return grad([output], inputs, [torch.full_like(output, scale)], retain_graph=keep, check=check)
+        cotangents = None if scale == 1.0 else [torch.full_like(output, scale)]
+        return grad([output], inputs, cotangents, retain_graph=keep, check=check)
 
     return unscaled(pull, keep_graph) if narrow else pull(1.0, keep_graph)
 

@@ -15,7 +15,7 @@ def implicit_step(s: Tensor, losses: Tensor, step_size: float) -> Tensor:
 
     Args:
         s: log-variances, ``[m]``.
-        losses: ``[m]``; where one is not positive, the result means nothing.
+        losses: ``[m]``, not negative.
         step_size: ``η``.
 
     Returns:
@@ -23,7 +23,7 @@ def implicit_step(s: Tensor, losses: Tensor, step_size: float) -> Tensor:
     """
     # One after the other: for few numbers an operation on a tensor takes longer than all of this.
     pairs = zip(s.tolist(), losses.tolist(), strict=True)
-    roots = [_root(x, loss, step_size) if loss > 0 else 0.0 for x, loss in pairs]
+    roots = [_root(x, loss, step_size) if loss > 0 else x - step_size for x, loss in pairs]
     return torch.tensor(roots, dtype=s.dtype, device=s.device)
 
 

@@ -55,20 +55,16 @@ class DWA(Weighting):
 
     def init(self, view: View) -> State:
         """No history."""
-        return {"last": {}, "before": {}, "sum": {}, "count": {}}
+        return {"history": {}}
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """Softmax of the loss ratios of the two last finished periods."""
-        last, before = view.gather(state["last"]), view.gather(state["before"])  # 0 before the first period's end
+        history = view.gather(state["history"], torch.zeros(4, dtype=view.dtype))
+        before, last, total, count = history.unbind(dim=1)  # 0 before the first period's end
         ratio = torch.where(before == 0, 1.0, last / before)
         weights = len(view.tasks) * (ratio / self.temperature).softmax(dim=0)
-
-        total = view.gather(state["sum"]) + view.losses
-        count = view.gather(state["count"]) + 1
-        done = count == self.period  # periods are equally long, so that the sums' ratio is that of the means
-        return weights, {
-            "before": view.scatter(state["before"], torch.where(done, last, before)),
-            "last": view.scatter(state["last"], torch.where(done, total, last)),
-            "sum": view.scatter(state["sum"], torch.where(done, 0.0, total)),
-            "count": view.scatter(state["count"], torch.where(done, 0.0, count)),
-        }
+        total, count, zero = total + view.losses, count + 1, torch.zeros_like(total)
+        # Periods are equally long, so that the sums' ratio is that of the means.
+        ended, running = torch.stack([last, total, zero, zero]), torch.stack([before, last, total, count])
+        history = torch.where(count == self.period, ended, running).T
+        return weights, {"history": view.scatter(state["history"], history)}

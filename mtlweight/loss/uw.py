@@ -70,5 +70,5 @@ class UW(Weighting):
         """The committed variances' weights; the state takes one implicit step."""
         losses = nonnegative("UW", view)
         s = view.gather(state["log_variance"], self.initial)
-        stepped = torch.where(losses > 0, implicit_step(s, losses, self.step_size), s - self.step_size)
+        stepped = implicit_step(s, losses, self.step_size)
         return torch.exp(-s), {"log_variance": view.scatter(state["log_variance"], stepped)}
