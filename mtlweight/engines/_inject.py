@@ -25,8 +25,13 @@ class _Inject(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         found = zip(ctx.gradients(incoming, ctx.saved_tensors), ctx.options, strict=True)
-        written = [None if g is None else g.to(*options) for g, options in found]
+        written = [g if g is None or (g.device, g.dtype) == options else g.to(*options) for g, options in found]
         return (None, None, None, *written, *[None] * len(ctx.saved_tensors))
+
+
+def placed(scalar: Tensor, like: Tensor) -> Tensor:
+    """A scalar on another tensor's device."""
+    return scalar if scalar.device == like.device else scalar.to(like.device)
 
 
 def inject(value: Tensor, leaves: Sequence[Tensor], saved: Sequence[Tensor], gradients: Gradients) -> Tensor:
@@ -47,6 +52,6 @@ def inject_known(value: Tensor, pairs: Pairs) -> Tensor:
     known = [(leaf, g) for leaf, g in pairs if g is not None]
 
     def gradients(incoming: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        return [incoming.to(g.device) * g for g in saved]
+        return [placed(incoming, g) * g for g in saved]
 
     return inject(value, [leaf for leaf, _ in known], [g for _, g in known], gradients)

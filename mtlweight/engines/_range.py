@@ -12,6 +12,9 @@ from mtlweight._statistics import all_finite
 from mtlweight.engines._grad import grad
 
 Gradients = tuple[Tensor | None, ...]
+"""One an input; ``None`` where there is none."""
+Reached = dict[int, Tensor]
+"""Gradients by the place of their input; there is no entry where there is none."""
 Pull = Callable[[float, bool], Sequence[Tensor | None]]
 """From a factor on the losses, and whether to keep their graph, to gradients that have that factor."""
 
@@ -21,6 +24,8 @@ SCALES = tuple(2.0**k for k in (15, 8, 0, -8))
 
 def wide(values: Tensor) -> Tensor:
     """The same values in float32 at least."""
+    if values.dtype == torch.float32:
+        return values
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mtlweight._statistics import gramian_of, widest
 from mtlweight._weighting import Level
-from mtlweight.engines._inject import inject
-from mtlweight.engines._range import Gradients, dense, wide
+from mtlweight.engines._inject import inject, placed
+from mtlweight.engines._range import Reached, dense, wide
 
 LONG = 1 << 16
 """Gradients of fewer numbers are joined: many small products cost more than a copy. Longer ones stay where they are."""
@@ -48,7 +48,7 @@ class Rows:
     @classmethod
     def collect(
         cls,
-        gradients: Iterable[Gradients],
+        gradients: Iterable[Reached],
         m: int,
         inputs: list[Tensor],
         rest: list[Tensor],
@@ -74,11 +74,11 @@ class Rows:
         groups = [[k] for k in single] + ([joined] if joined else [])
         rows = cls(inputs, rest, groups, [], block, [], [], coefficients, dtype)
         for t, found in enumerate(gradients):
-            rows.long.append([None if found[k] is None else rows._flat(k, found[k]) for k in single])
+            rows.long.append([rows._flat(k, found[k]) if k in found else None for k in single])
             if block is not None:
-                torch.cat([rows._flat(k, found[k]) for k in joined], out=block[t])
-            rows.reach.append({k for k in range(count) if found[k] is not None})
-            rows.heads.append({k: dense(g) for k, g in enumerate(found[count:]) if g is not None})
+                torch.cat([rows._flat(k, found.get(k)) for k in joined], out=block[t])
+            rows.reach.append({k for k in found if k < count})
+            rows.heads.append({k - count: dense(g) for k, g in found.items() if k >= count})
         return rows
 
     def _flat(self, k: int, gradient: Tensor | None) -> Tensor:
@@ -182,8 +182,10 @@ class Rows:
             for factor, vector in zip(factors, saved[-1], strict=True) if joined else ():
                 totals[-1] = _plus(totals[-1], factor, vector)
             tails: list[Tensor | None] = [None] * count
-            for (t, k), g in zip(others, saved[1 + len(shared) :], strict=False):
-                tails[k] = _plus(tails[k], (factors[t] if weighted else incoming).to(g.device), wide(g))
+            own = [wide(g) for g in saved[1 + len(shared) : 1 + len(shared) + len(others)]]
+            scales = [placed(factors[t] if weighted else incoming, g) for (t, _), g in zip(others, own, strict=True)]
+            for (_, k), g in zip(others, torch._foreach_mul(own, scales) if own else (), strict=True):
+                tails[k] = g if (before := tails[k]) is None else before.add_(g)
             found: list[Tensor | None] = [None] * len(shapes)
             for group, total in zip(groups, totals, strict=True):
                 if total is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtlweight.engines._grad import grad, vectorized
 from mtlweight.engines._graph import Backward
-from mtlweight.engines._range import Gradients, unscaled
+from mtlweight.engines._range import Gradients, Reached, unscaled
 
 CHUNK = 32
 """Rows in one backward."""
@@ -18,7 +18,7 @@ CHUNK = 32
 
 def gradients(
     graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool, chunk_size: int = CHUNK
-) -> Iterator[Gradients]:
+) -> Iterator[Reached]:
     """The gradients of each output with respect to all inputs, ``chunk_size`` outputs in one vectorised backward.
 
     Fewer kernel launches than one backward a row, for more memory: each chunk holds its gradients, zeros included.
@@ -26,7 +26,7 @@ def gradients(
 
     Args:
         graph: of the outputs, which are scalars.
-        inputs: leaves or intermediate tensors; ``None`` is returned where no output depends on one.
+        inputs: leaves or intermediate tensors.
         keep_graph: whether the graph is needed again after the last output.
         chunk_size: outputs in one backward.
     """
@@ -42,4 +42,4 @@ def gradients(
         with vectorized("batched", graph.outputs):
             columns = unscaled(functools.partial(pull, chunk), keep) if short else pull(chunk, 1.0, keep)
         for k in range(len(chunk)):
-            yield tuple(None if column is None else column[k] for column in columns)
+            yield {j: column[k] for j, column in enumerate(columns) if column is not None}

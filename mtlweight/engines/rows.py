@@ -8,32 +8,36 @@ import torch
 from torch import Tensor
 
 from mtlweight.engines._graph import Backward, leaves_of_each
-from mtlweight.engines._range import Gradients, gradient, wide
+from mtlweight.engines._range import Reached, gradient, wide
 
 
-def gradients(graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool) -> Iterator[Gradients]:
-    """The gradients of each output with respect to all inputs, one output at a time.
+def gradients(graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool) -> Iterator[Reached]:
+    """The gradients of each output with respect to the inputs that it depends on, one output at a time.
 
     Works on every graph, compiled models included, and touches only what an output depends on. Cost: one backward an
     output. Memory: one gradient at a time.
 
     Args:
         graph: of the outputs, which are scalars.
-        inputs: leaves or intermediate tensors; ``None`` is returned where an output does not depend on one.
+        inputs: leaves or intermediate tensors.
         keep_graph: whether the graph is needed again after the last output.
     """
-    outputs, narrow, check = graph.outputs, graph.narrow, bool(graph.compiled)
+    outputs, check = graph.outputs, bool(graph.compiled)
+    everywhere = [range(len(inputs))] * len(outputs)
     # Not to ask for all other tasks' heads saves a tenth of the time where there are many.
-    reached = leaves_of_each(outputs) if len(outputs) > 4 else None
-    for i, output in enumerate(outputs):
+    for i, places in enumerate(_places(outputs, inputs) if len(outputs) > 4 else everywhere):
         keep = keep_graph or i + 1 < len(outputs)
-        if reached is None:
-            yield gradient(output, inputs, keep_graph=keep, narrow=narrow, check=check)
-        else:
-            mine = [x for x in inputs if not x.is_leaf or id(x) in reached[i]]
-            found = gradient(output, mine, keep_graph=keep, narrow=narrow, check=check)
-            known = dict(zip(map(id, mine), found, strict=True))
-            yield tuple(known.get(id(x)) for x in inputs)
+        asked = [inputs[k] for k in places]
+        found = gradient(outputs[i], asked, keep_graph=keep, narrow=graph.narrow, check=check)
+        yield {k: g for k, g in zip(places, found, strict=True) if g is not None}
+
+
+def _places(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[list[int]]:
+    """For each output the places of the inputs that it may depend on."""
+    leaves = {id(x): k for k, x in enumerate(inputs) if x.is_leaf}
+    others = [k for k, x in enumerate(inputs) if not x.is_leaf]
+    for reached in leaves_of_each(outputs):
+        yield sorted(others + [leaves[leaf] for leaf in reached if leaf in leaves])
 
 
 def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
@@ -52,10 +56,9 @@ def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequ
     return torch.stack(products).reshape(len(losses), *losses[0].shape)
 
 
-def inner(gradients: Gradients, tangents: Sequence[Tensor]) -> Tensor:
-    """``<gradients, tangents>``, where ``None`` counts as zero; at least in float32."""
+def inner(gradients: Reached, tangents: Sequence[Tensor]) -> Tensor:
+    """``<gradients, tangents>``, at least in float32."""
     total = torch.zeros((), device=tangents[0].device)
-    for g, tangent in zip(gradients, tangents, strict=True):
-        if g is not None:
-            total = total + (wide(g) * wide(tangent)).sum()
+    for k, g in gradients.items():
+        total = total + (wide(g) * wide(tangents[k])).sum()
     return total

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtlweight.engines._grad import vectorized
 from mtlweight.engines._graph import Backward
-from mtlweight.engines._range import Gradients, unscaled, wide
+from mtlweight.engines._range import Reached, unscaled, wide
 
 CHUNK = 64
 """Samples in one vectorised backward."""
@@ -67,7 +67,7 @@ def alignment(
 
 def gradients(
     losses: Sequence[Tensor], inputs: Sequence[Tensor], coefficients: Tensor | None, *, chunk_size: int = CHUNK
-) -> Iterator[Gradients]:
+) -> Iterator[Reached]:
     """The gradient of each task's weighted total, summed from its samples' gradients.
 
     Args:
@@ -83,4 +83,4 @@ def gradients(
         for columns, part in zip(jacobian([row], inputs, chunk_size=chunk_size), parts, strict=True):
             for total, column in zip(totals, columns, strict=True):
                 total.add_(torch.tensordot(part.to(total.dtype), column.to(total.dtype), dims=1))
-        yield tuple(totals)
+        yield dict(enumerate(totals))
