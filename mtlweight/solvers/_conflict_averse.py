@@ -79,12 +79,12 @@ def conflict_averse(gramian: Array, radius: float) -> Solution:
         raise MTLWeightError(f"conflict_averse expected a radius >= 0, but found {radius}. The paper takes 0.4.")
     rows = rows_of(gramian, "conflict_averse")
     m = len(rows.norms)
-    alive = ~rows.zero
-    v = np.zeros(m)
-    if not alive.any():
-        return Solution(v + 1.0 / m, 0.0)
     norms, C = rows.norms, rows.cosines
-    if not alive.all():
+    alive, v = ~rows.zero, np.zeros(m)
+    count = np.count_nonzero(alive)
+    if not count:
+        return Solution(v + 1.0 / m, 0.0)
+    if count < m:
         norms, C = norms[alive], C[np.ix_(alive, alive)]
     norms = norms / norms.max()
     problem = _Problem(C, norms, norms / m, radius, rows.pivot)
@@ -100,8 +100,10 @@ class _Problem:
         self.C, self.x, self.pivot = C, x, pivot
         self.b = C @ x
         self.delta = norms.min() / norms
+        self.sides = np.array((self.delta, self.b))
+        self.total = float(x.sum())
         squared = float(x @ self.b)
-        self.s = radius * math.sqrt(squared) if squared > _CANCELLED * float(x.sum()) ** 2 else 0.0
+        self.s = radius * math.sqrt(squared) if squared > _CANCELLED * self.total**2 else 0.0
 
     def solve(self) -> tuple[Array, float]:
         """The multipliers, in lengths, and the residual."""
@@ -109,7 +111,7 @@ class _Problem:
             return np.zeros_like(self.x), 0.0
         y, t = self._exchange()
         residual = self._residual(y, t)
-        bounded = y.sum() <= _BOUND * self.x.sum()
+        bounded = y.sum() <= _BOUND * self.total
         if residual <= 1e-3 * TOLERANCE and bounded:
             return y, residual
         other = self._bracket()
@@ -117,29 +119,32 @@ class _Problem:
         return (y, residual) if bounded and residual <= min(TOLERANCE, 100 * other[1]) else other
 
     def _residual(self, y: Array, t: float, inside: bool = False) -> float:
-        unit = float((self.x + y).sum())
-        slack = self.C @ y + self.b - t * self.delta
+        unit = self.total + float(y.sum())
+        slack = self._slack(y, t)
         off = self._length(y) - self.s
         return max(float(np.abs(np.minimum(y, slack)).max()), max(off, 0.0) if inside else abs(off)) / unit
+
+    def _slack(self, y: Array, t: float) -> Array:
+        slack: Array = self.C.dot(y) + self.b - t * self.delta
+        return slack
 
     def _length(self, y: Array) -> float:
         return math.sqrt(max(float(y @ self.C @ y), 0.0))
 
     def _piece(self, free: npt.NDArray[np.bool_]) -> tuple[Array, float]:
         """The solution if these rows, and no others, have multipliers: y is linear in t, and the sphere gives t."""
-        delta, b, block = self.delta[free], self.b[free], self.C[free][:, free]
-        sides = np.array((delta, b)).T
+        sides, block = self.sides[:, free], self.C[free][:, free]
         if self.pivot > _DEFINITE:
-            slope, offset = np.linalg.solve(block, sides).T
+            solved = np.linalg.solve(block, sides.T)
         else:
-            slope, offset = np.linalg.lstsq(block, sides, rcond=1e-13)[0].T
-        curvature, middle = float(delta @ slope), float(delta @ offset)
-        if curvature < 1e-12 * float(delta @ delta):  # these rows cancel, and have no t in common but 0
-            return np.zeros_like(self.x), 0.0
-        root = math.sqrt(max(middle**2 - curvature * (float(b @ offset) - self.s**2), 0.0))
+            solved = np.linalg.lstsq(block, sides.T, rcond=1e-13)[0]
+        (curvature, middle), (_, square) = sides.dot(solved).tolist()
+        delta, y = sides[0], np.zeros(len(free))
+        if curvature < 1e-12 * delta.dot(delta):  # these rows cancel, and have no t in common but 0
+            return y, 0.0
+        root = math.sqrt(max(middle**2 - curvature * (square - self.s**2), 0.0))
         t = (middle + root) / curvature
-        y = np.zeros_like(self.x)
-        y[free] = t * slope - offset
+        y[free] = t * solved[:, 0] - solved[:, 1]
         return y, t
 
     def _exchange(self) -> tuple[Array, float]:
@@ -149,12 +154,12 @@ class _Problem:
         free = ratio == ratio.min()  # active for a vanishing radius
         for _ in range(30):
             y, t = self._piece(free)
-            slack = self.C @ y + self.b - t * self.delta
-            wrong = np.where(free, y < 0.0, slack < -m * EPS * float((self.x + y).sum()))
-            if not wrong.any():
+            noise = m * EPS * (self.total + float(y.sum()))
+            wrong = np.where(free, y, self._slack(y, t) + noise) < 0.0
+            if not np.count_nonzero(wrong):
                 break
             free ^= wrong
-            if not free.any():
+            if not np.count_nonzero(free):
                 free = wrong
         return np.maximum(y, 0.0), t
 

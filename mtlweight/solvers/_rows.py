@@ -1,5 +1,6 @@
 """What solvers read of a Gramian: the lengths of the rows and the cosines between them."""
 
+import math
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -28,13 +29,18 @@ class Solution(NamedTuple):
 class Rows(NamedTuple):
     """The rows of J, up to a rotation: their lengths, the cosines between them, and how far from dependent they are.
 
-    `pivot` is the least squared pivot of the cosines' Cholesky factor, near zero where rows depend on each other. A
-    zero row has length 0 and counts as orthogonal to all others.
+    `pivots` is the diagonal of the cosines' Cholesky factor. A zero row has length 0 and counts as orthogonal to all
+    others.
     """
 
     norms: Array
     cosines: Array
-    pivot: float
+    pivots: npt.NDArray[np.floating]
+
+    @property
+    def pivot(self) -> float:
+        """The least squared pivot, near zero where rows depend on each other."""
+        return float(self.pivots.min()) ** 2
 
     @property
     def zero(self) -> npt.NDArray[np.bool_]:
@@ -66,7 +72,7 @@ def rows_of(gramian: Array, solver: str) -> Rows:
         raise MTLWeightError(
             f"{solver} expected a square Gramian [m, m] with m >= 1, but found shape {list(G.shape)}. Pass J @ J.T."
         )
-    if not np.isfinite(G).all():
+    if not all_finite(G):
         raise MTLWeightError(
             f"{solver} expected a finite Gramian, but found {np.count_nonzero(~np.isfinite(G))} entries that are inf "
             "or nan. Skip the step, or look for the loss that overflowed."
@@ -80,28 +86,34 @@ def rows_of(gramian: Array, solver: str) -> Rows:
     else:
         norms = np.sqrt(squares)
         C = G / (norms * norms[:, None])
-    asymmetry = (C - C.T).max()
+    difference = C - C.T
+    asymmetry = difference.max() if np.vdot(difference, difference) else 0.0
     if asymmetry > 0.0:
         C = (C + C.T) / 2
     lowest = 0.0
     try:
-        pivot = float(np.linalg.cholesky(ridged(C)).diagonal().min()) ** 2
+        pivots = np.linalg.cholesky(ridged(C)).diagonal()
     except np.linalg.LinAlgError:
         values, vectors = eigen(C)
-        lowest, pivot = float(values[0]), 0.0
+        lowest, pivots = float(values[0]), np.zeros(1)
         C = (vectors * np.maximum(values, 0.0)) @ vectors.T
     if asymmetry > _NOISE or lowest < -_NOISE:
         raise MTLWeightError(
             f"{solver} expected a symmetric positive semidefinite Gramian, but found, after scaling its rows to length "
             f"one, an asymmetry of {asymmetry:.3g} and a lowest eigenvalue of {lowest:.3g}. Pass J @ J.T."
         )
-    return Rows(norms, C, pivot)
+    return Rows(norms, C, pivots)
+
+
+def all_finite(values: Array) -> bool:
+    """Whether no value is inf or nan. One sum of squares tells, unless it overflows."""
+    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
 
 
 def ridged(C: Array, ridge: float = RIDGE) -> Array:
     """`C` with `ridge` added to its diagonal."""
     H = C.copy()
-    H.flat[:: len(H) + 1] += ridge
+    H.reshape(-1)[:: len(H) + 1] += ridge
     return H
 
 
