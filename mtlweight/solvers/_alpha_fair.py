@@ -6,11 +6,13 @@ import numpy as np
 
 from mtlweight._errors import MTLWeightError, SolverError
 from mtlweight.solvers._cancelling import cancelling, outside
-from mtlweight.solvers._rows import TOLERANCE, Array, Solution, promised, rows_of
+from mtlweight.solvers._rows import TOLERANCE, Array, Solution, all_finite, promised, rows_of
 
 _SUSPECT = 1e-10  # an improvement this small, relative to what it sums, calls for a look at what cancels
-_LEAST, _MOST = -0.95, 10.0  # changes of a positive number in one round, relative to it
-_ROUNDS = 500  # five to fifteen are common; rows whose scales differ by 1e12 take a hundred if alpha is 0.1 or 10
+_OPPOSED = 1e-6 - 1.0  # the cosine of two rows, down to which they are far from cancelling
+_SMALL = 16  # up to here an inverse costs little more than a solution, and serves twice
+_LEAST = math.ulp(0.0)  # the smallest positive number
+_ROUNDS = 500  # three to ten are common; rows whose scales differ by 1e12 take thirty if alpha is 0.1 or 10
 
 
 def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
@@ -32,9 +34,11 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
         \max_i \frac{|(G w)_i - w_i^{-1/\alpha}|}{\sum_j |G_{ij}| w_j}
 
     **Method.** In the lengths :math:`y_i = w_i \|g_i\|` and the cosines `C` of the rows, with
-    :math:`k_i = \|g_i\|^{1/\alpha - 1}`, the pair :math:`u = C y`, :math:`\log u + \frac1\alpha \log y = \log k` is
-    solved by Newton's method with factors that keep `u` and `y` positive. For `alpha = 1` the lengths of the gradients
-    drop out altogether. An `alpha` beyond 10 or below 0.1, together with rows of very different scale, can fail.
+    :math:`k_i = \|g_i\|^{1/\alpha - 1}`, the equation :math:`C y = k y^{-1/\alpha}` is solved by Newton's method in
+    :math:`\log y`, which keeps both sides positive. For two rows it comes down to one equation in a scalar, increasing
+    and concave: the logarithm of the ratio of their lengths, or of their gains if they conflict. For `alpha = 1` the
+    lengths of the gradients drop out altogether. An `alpha` beyond 10 or below 0.1, together with rows of very
+    different scale, can fail.
 
     **Degenerate input.** Where a convex combination of gradients vanishes, no step improves all of its objectives, and
     the equation has no solution: the weights would grow without bound. Take all objectives that occur in such a
@@ -81,40 +85,41 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
         raise MTLWeightError(f"alpha_fair expected a positive, finite alpha, but found {alpha}. 1 is Nash bargaining.")
     rows = rows_of(gramian, "alpha_fair")
     norms, C = rows.norms, rows.cosines
-    zero = rows.zero
-    if zero.all():
-        return Solution(np.zeros(len(norms)), 0.0)
-    if zero.any():
-        norms, C = norms[~zero], C[np.ix_(~zero, ~zero)]
+    alive, every = ~rows.zero, np.zeros(len(norms))
+    count = np.count_nonzero(alive)
+    if not count:
+        return Solution(every, 0.0)
+    if count < len(every):
+        norms, C = norms[alive], C[np.ix_(alive, alive)]
     p = 1.0 / alpha
     logs = np.log(norms)
-    middle = logs.sum() / len(logs)  # the gradients' scale, which scales the weights
+    middle = float(logs.sum()) / len(logs)  # the gradients' scale, which scales the weights
     log_k = (p - 1.0) * (logs - middle)
     with np.errstate(all="ignore"):  # what leaves the range is refused below
-        y, residual = _fair(C, log_k, p)
-        weights = np.exp(np.log(y) - logs + middle * (p - 1.0) / (p + 1.0))
-    if not np.isfinite(weights).all():
+        x, residual = _fair(C, log_k, p)
+        weights = np.exp(x - logs + middle * ((p - 1.0) / (p + 1.0)))
+    if not all_finite(weights):
         raise SolverError(
             "alpha_fair expected weights within the range of float64, but found gradients of lengths "
             f"{norms.min():.3g} to {norms.max():.3g} and alpha={alpha}. Scale the losses, or take an alpha near 1."
         )
-    if zero.any():
-        every = np.zeros(len(zero))
-        every[~zero] = weights
-        weights = every
-    return Solution(weights, promised("alpha_fair", residual, len(weights)))
+    every[alive] = weights
+    return Solution(every, promised("alpha_fair", residual, len(every)))
 
 
 def _fair(C: Array, log_k: Array, p: float) -> tuple[Array, float]:
-    y, suspect = _newton(C, log_k, p, _SUSPECT)
-    if suspect:
-        z = cancelling(C)
-        if z.any():
-            y, residual = _without(C, log_k, p, z)
-            if residual <= TOLERANCE:
-                return y, residual
-        y, _ = _newton(C, log_k, p, 0.0)  # what cancels nearly, but not quite
-    return y, _residual(C, y, np.exp(log_k - p * np.log(y)))
+    """The logarithms of y, and the residual."""
+    if len(C) == 2 and _OPPOSED < C[0, 1] <= 1.0:
+        return _pair(float(C[0, 1]), log_k, p)
+    x, residual = _newton(C, log_k, p, _SUSPECT)
+    if residual <= TOLERANCE:
+        return x, residual
+    z = cancelling(C)
+    if z.any():
+        x, residual = _without(C, log_k, p, z)
+        if residual <= TOLERANCE:
+            return x, residual
+    return _newton(C, log_k, p, 0.0)  # what cancels nearly, but not quite
 
 
 def _without(C: Array, log_k: Array, p: float, z: Array) -> tuple[Array, float]:
@@ -125,49 +130,81 @@ def _without(C: Array, log_k: Array, p: float, z: Array) -> tuple[Array, float]:
     share = np.zeros(np.count_nonzero(S))
     if rest.any():
         P, shares = outside(C, S)
-        y[rest], _ = _newton(P[np.ix_(rest, rest)], log_k[rest], p, 0.0)
-        target[rest] = np.exp(log_k[rest] - p * np.log(y[rest]))
+        x, _ = _newton(P[np.ix_(rest, rest)], log_k[rest], p, 0.0)
+        y[rest], target[rest] = np.exp(x), np.exp(log_k[rest] - p * x)
         share = -shares[:, rest] @ y[rest]  # takes the part of the step that lies in the span of S away
     y[S] = share + ((least[S] - share) / z[S]).max() * z[S]
-    return y, _residual(C, y, target)
+    return np.log(y), _residual(C, y, target)
 
 
 def _residual(C: Array, y: Array, target: Array) -> float:
-    return float((np.abs(C @ y - target) / (np.abs(C) @ y)).max())
+    return float(abs((C @ y - target) / (np.abs(C) @ y)).max())
 
 
-def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, bool]:
-    """Solve u = Cy, log u + p log y = log k; stop, and say so, where some u is below `suspect` of what it sums."""
-    m = len(C)
+def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, float]:
+    """Solve u = Cy for x = log y and log u = log k - p x; stop where some u is below `suspect` of what it sums."""
     size = np.abs(C)
-    start = np.exp(log_k / (1.0 + p))
-    square = start @ start
-    start *= (square / max(start @ (C @ start), 1e-8 * square)) ** (1.0 / (1.0 + p))  # the best along this ray
-    found = np.array((start, np.exp(log_k - p * np.log(start))))
-    y, u = found
-    H, changes, change = np.empty_like(C), np.empty_like(found), math.inf
-    diagonal = H.reshape(-1)[:: m + 1]
+    far = 8.0 / (1.0 + p)  # an entry's change in one round: neither x nor log u = log k - p x may leap out of sight
+    twice = suspect > 0.0 and len(C) <= _SMALL
+    x = log_k / (1.0 + p)  # without interaction
+    y = np.exp(x)
+    x -= np.log(np.maximum(C.dot(y) / y, 0.1)) / (2.0 + p)
+    H, inverse, squared, residual = np.empty(C.shape), None, math.inf, math.inf
+    diagonal = H.reshape(-1)[:: len(H) + 1]
     for k in range(_ROUNDS):  # few operations, since each takes about as long for two rows as for sixty
-        gap = u - C @ y
-        log_y, log_u = np.log(found)
-        excess = log_k - log_u - p * log_y
-        if change < 1e-4 or k % 4 == 3:  # it may have converged, or come to a halt; seldom sooner
-            summed = size @ y
-            if abs(gap / summed).max() <= 1e-14 and abs(excess).max() <= 1e-13 * (1.0 + p):
-                break
+        y, u = np.exp(x), np.exp(log_k - p * x)
+        gap = u - C.dot(y)
+        near = not squared > 1e-14  # or nan
+        if near or k % 8 == 7:  # it may have come to a halt; seldom sooner
+            summed = size.dot(y)
             if suspect and (u / summed).min() < suspect:
-                return y, True
-        H[:] = C
-        diagonal += p * u / y
-        try:
-            dy = np.linalg.solve(H, gap + u * excess) / y
-        except np.linalg.LinAlgError:
+                return x, math.inf
+            last, residual = residual, float(abs(gap / summed).max())
+            if residual <= 1e-14 or (near and not residual < last / 2):
+                return x, residual
+        if inverse is not None:
+            change, inverse = inverse.dot(gap), None
+        else:
+            np.multiply(C, y, out=H)
+            diagonal += p * u
+            try:
+                inverse = np.linalg.inv(H) if twice else None
+                change = np.linalg.solve(H, gap) if inverse is None else inverse.dot(gap)
+            except np.linalg.LinAlgError:
+                break
+        squared = change.dot(change)
+        if not suspect:  # y changes in proportion, so that what cancels in Cy still does
+            x += np.log1p(np.minimum(np.maximum(change, -0.95), 10.0))
+        elif squared < 1.0:
+            x += change
+        else:  # each for itself: this takes far fewer rounds than one common step length
+            x += np.minimum(np.maximum(change, -far), far)
+            inverse = None
+    return x, _residual(C, np.exp(x), np.exp(log_k - p * x))
+
+
+def _pair(c: float, log_k: Array, p: float) -> tuple[Array, float]:
+    """The same for two rows of cosine `c`, in scalars.
+
+    Let exp(t) be the ratio of their lengths and exp(s) that of their gains, the row of the larger k over the other.
+    Either s = g(t), or t = g(s) if c < 0, with g(z) = log((1 + |c| exp(-z)) / (|c| + exp(-z))), and s + p t is the
+    difference of their log k. Since g is increasing and concave, Newton's method rises from 0 to the root.
+    """
+    (low, high), size = sorted(log_k.tolist()), abs(c)
+    a, b = (p, 1.0) if c >= 0.0 else (1.0, p)
+    z, g = 0.0, 0.0
+    for _ in range(_ROUNDS):
+        r = math.exp(-z) or _LEAST
+        g = math.log1p(size * r) - math.log(size + r)
+        slope = (1.0 - size * size) * r / ((1.0 + size * r) * (size + r))
+        change = (high - low - a * z - b * g) / (a + b * slope)
+        z += change
+        g += slope * change
+        if not change > 1e-8 * z:  # the next would be the square of this one; or is nan
             break
-        changes[0] = dy
-        changes[1] = excess - p * dy
-        change = abs(changes).max()
-        # Each changes for itself: this takes far fewer rounds than one common step length.
-        found *= 1.0 + (changes if change < -_LEAST else np.minimum(np.maximum(changes, _LEAST), _MOST))
-        if not change > 1e-8:  # or is nan; the next change would be the square of this one
-            break
-    return y, bool(suspect and (u / (size @ y)).min() < suspect)
+    t = z if c >= 0.0 else g
+    r = math.exp(-t) or _LEAST
+    x = (high - math.log1p(c * r)) / (1.0 + p)
+    targets = math.exp(min(high - p * x - x, 1.0)), math.exp(min(low - p * (x - t) - x, 1.0))  # at most 2, if right
+    residual = max(abs(1.0 + c * r - targets[0]) / (1.0 + size * r), abs(c + r - targets[1]) / (size + r))
+    return np.array((x, x - t) if log_k[0] >= log_k[1] else (x - t, x)), residual

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -192,6 +192,18 @@ def test_two_rows_bargain_in_closed_form(J):
         cosine = J[0] @ J[1] / norms.prod()
         if cosine > -0.999:
             np.testing.assert_allclose(alpha_fair(J @ J.T).weights, 1 / norms / np.sqrt(1 + cosine), rtol=1e-9)
+
+
+@given(st.floats(-0.999, 1.0), st.floats(-6, 6), st.sampled_from([0.1, 0.5, 1.0, 2.0, 10.0]))
+@example(-0.999, 6.0, 10.0)
+@example(0.0, -6.0, 0.1)
+@example(1.0, 6.0, 0.1)
+def test_two_rows_are_solved_as_more_are(cosine, exponent, alpha):
+    norms = np.array([1.0, 10.0**exponent, 1.0])
+    G = norms * norms[:, None] * np.array([[1.0, cosine, 0.0], [cosine, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    two, three = alpha_fair(G[:2, :2], alpha), alpha_fair(G, alpha)  # the third is orthogonal to them
+    assert two.residual <= 1e-13
+    np.testing.assert_allclose(two.weights, three.weights[:2], rtol=1e-9)
 
 
 @given(arrays(np.float64, st.integers(1, 20), elements=st.floats(1e-6, 1e6)), alphas)
