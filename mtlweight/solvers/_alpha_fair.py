@@ -150,18 +150,20 @@ def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, fl
     y = np.exp(x)
     x -= np.log(np.maximum(C.dot(y) / y, 0.1)) / (2.0 + p)
     H, inverse, squared, residual = np.empty(C.shape), None, math.inf, math.inf
-    diagonal = H.reshape(-1)[:: len(H) + 1]
+    diagonal, best = H.reshape(-1)[:: len(H) + 1], (x, math.inf)
     for k in range(_ROUNDS):  # few operations, since each takes about as long for two rows as for sixty
         y, u = np.exp(x), np.exp(log_k - p * x)
         gap = u - C.dot(y)
         near = not squared > 1e-14  # or nan
-        if near or k % 8 == 7:  # it may have come to a halt; seldom sooner
+        if near or not suspect or k % 8 == 7:  # it may have come to a halt; seldom sooner
             summed = size.dot(y)
             if suspect and (u / summed).min() < suspect:
                 return x, math.inf
             last, residual = residual, float(abs(gap / summed).max())
             if residual <= 1e-14 or (near and not residual < last / 2):
                 return x, residual
+            if residual < best[1]:  # where rows nearly cancel, rounding may keep it from ever coming to a halt
+                best = x.copy(), residual
         if inverse is not None:
             change, inverse = inverse.dot(gap), None
         else:
@@ -180,7 +182,7 @@ def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, fl
         else:  # each for itself: this takes far fewer rounds than one common step length
             x += np.minimum(np.maximum(change, -far), far)
             inverse = None
-    return x, _residual(C, np.exp(x), np.exp(log_k - p * x))
+    return (x, math.inf) if suspect else best
 
 
 def _pair(c: float, log_k: Array, p: float) -> tuple[Array, float]:

@@ -236,6 +236,14 @@ def test_known_answers(rows, expected):
     np.testing.assert_allclose(alpha_fair(J @ J.T).weights, expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 2.0, 10.0, 1e5])
+def test_opposed_rows_have_the_weights_that_they_have_alone(alpha):
+    weights, residual = alpha_fair(np.array([[4.0, -2.0], [-2.0, 1.0]]), alpha)
+    alone = np.array([2.0, 1.0]) ** (-2 * alpha / (1 + alpha))
+    np.testing.assert_allclose(weights, alone[1] * np.array([0.5, 1.0]) * max(1.0, 2 * alone[0] / alone[1]), rtol=1e-9)
+    assert residual <= 1e-14
+
+
 def test_rows_that_nearly_cancel_push_along_what_they_have_in_common():
     J = np.array([[1.0, 1e-4], [-1.0, 1e-4]])
     np.testing.assert_allclose(alpha_fair(J @ J.T).weights @ J, [0.0, np.sqrt(2)], atol=1e-6)
