@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mtlweight._errors import MTLWeightError
 
 
+@functools.cache  # to ask a device for its type takes longer
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """The dtype of losses, Gramians and alignments: float64, or float32 on a device that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -123,6 +124,15 @@ def tensors_of(state: Any) -> Iterator[Tensor]:
             yield value
 
 
+SHAPES = {
+    "losses": ((1, 2), "[m] or [m, b]"),
+    "gramian": ((2,), "[m, m]"),
+    "jacobian": ((2, 3), "[m, n] or [m, b, n]"),
+    "alignment": ((1, 2), "[m] or [m, b]"),
+}
+"""Numbers of dimensions, and what messages call them."""
+
+
 class Given:
     """A source of values given by hand, for tests, notebooks and people without the optimizer.
 
@@ -149,26 +159,27 @@ class Given:
         shares: Tensor | None = None,
     ) -> None:
         self._shares = shares
-        given = {"losses": losses, "gramian": gramian, "jacobian": jacobian, "alignment": alignment}
-        self._given = {name: value.detach() for name, value in given.items() if value is not None}
+        given = (("losses", losses), ("gramian", gramian), ("jacobian", jacobian), ("alignment", alignment))
+        self._given = {name: value.detach() for name, value in given if value is not None}
         if not self._given:
             raise MTLWeightError("Expected at least one of losses, gramian, jacobian, alignment; found none. Pass one.")
+        counts = {}
         for name, value in self._given.items():
-            ranks = {"losses": (1, 2), "alignment": (1, 2), "jacobian": (2, 3)}.get(name, (2,))
-            if value.ndim not in ranks or len(value) == 0 or (name == "gramian" and value.shape[0] != value.shape[1]):
-                shape = {"gramian": "[m, m]", "jacobian": "[m, n] or [m, b, n]"}.get(name, "[m] or [m, b]")
+            ranks, words = SHAPES[name]
+            shape = value.shape
+            if len(shape) not in ranks or shape[0] == 0 or (name == "gramian" and shape[0] != shape[1]):
                 raise MTLWeightError(
-                    f"Expected {name} of shape {shape} with m >= 1, found {list(value.shape)}. Pass one row a task."
+                    f"Expected {name} of shape {words} with m >= 1, found {list(shape)}. Pass one row a task."
                 )
-        counts = {name: len(value) for name, value in self._given.items()}
+            counts[name] = shape[0]
         if tasks is not None:
             counts["tasks"] = len(tasks)
-        if len(set(counts.values())) > 1:
+        if len({*counts.values()}) > 1:
             raise MTLWeightError(
                 f"Expected the same number of tasks in each argument, found {counts}. Make them agree."
             )
         first = next(iter(self._given.values()))
-        self.tasks = tasks or tuple(str(i) for i in range(len(first)))
+        self.tasks = tasks or tuple(map(str, range(len(first))))
         self.device = first.device
         self.dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
 

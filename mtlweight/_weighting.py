@@ -209,19 +209,19 @@ def evaluate(weighting: Weighting, view: View, state: State | None) -> tuple[Ten
     mine = view.restricted(weighting.needs)
     with torch.no_grad():
         weights, state = weighting.weigh(mine, weighting.init(mine) if state is None else state)
-    m = len(view.tasks)
-    shape = tuple(weights.shape) if isinstance(weights, Tensor) else None
-    if shape is None or len(shape) != (1 if weighting.writes == "task" else 2) or shape[0] != m:
-        expected = {"task": f"[{m}]", "sample": f"[{m}, b]", "entry": f"[{m}, n]"}[weighting.writes]
+    m, writes = len(view.tasks), weighting.writes
+    shape = weights.shape if isinstance(weights, Tensor) else None
+    if shape is None or len(shape) != (1 if writes == "task" else 2) or shape[0] != m:
+        expected = {"task": f"[{m}]", "sample": f"[{m}, b]", "entry": f"[{m}, n]"}[writes]
         if shape is None:
             raise wrong_shape(weighting, f"a tensor of shape {expected}", type(weights).__name__)
         raise wrong_shape(weighting, f"shape {expected}", list(shape))
-    if weighting.writes == "sample":
+    if writes == "sample":
         labelled = view.shares > 0
         if labelled.shape != shape:
             raise wrong_shape(weighting, f"shape {list(labelled.shape)}", list(shape))
         weights = weights * labelled
-    return weights.detach(), state
+    return weights.detach() if weights.requires_grad else weights, state
 
 
 def wrong_shape(weighting: Weighting, expected: str, found: object) -> MTLWeightError:

@@ -85,11 +85,11 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
         raise MTLWeightError(f"alpha_fair expected a positive, finite alpha, but found {alpha}. 1 is Nash bargaining.")
     rows = rows_of(gramian, "alpha_fair")
     norms, C = rows.norms, rows.cosines
-    alive, every = ~rows.zero, np.zeros(len(norms))
-    count = np.count_nonzero(alive)
-    if not count:
-        return Solution(every, 0.0)
-    if count < len(every):
+    alive = None
+    if norms.min() == 0.0:
+        alive, every = ~rows.zero, np.zeros(len(norms))
+        if not alive.any():
+            return Solution(every, 0.0)
         norms, C = norms[alive], C[np.ix_(alive, alive)]
     p = 1.0 / alpha
     logs = np.log(norms)
@@ -103,8 +103,10 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
             "alpha_fair expected weights within the range of float64, but found gradients of lengths "
             f"{norms.min():.3g} to {norms.max():.3g} and alpha={alpha}. Scale the losses, or take an alpha near 1."
         )
-    every[alive] = weights
-    return Solution(every, promised("alpha_fair", residual, len(every)))
+    if alive is not None:
+        every[alive] = weights
+        weights = every
+    return Solution(weights, promised("alpha_fair", residual, len(weights)))
 
 
 def _fair(C: Array, log_k: Array, p: float) -> tuple[Array, float]:

@@ -1,4 +1,4 @@
-"""On a GPU the host does not wait for the alignment."""
+"""The host does not wait for the alignment: on a GPU torch would raise, and on ``meta`` there is nothing to wait for."""
 
 import pytest
 import torch
@@ -8,25 +8,35 @@ from mtlweight._statistics import Given
 from mtlweight.engines import forward, pullback
 from tests.engines.zoo import NETWORKS, problem
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA")
+DEVICES = ["meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
 @pytest.fixture
-def no_waiting():
-    """Torch raises where the host would wait for the device."""
+def no_waiting(device):
+    """Torch raises where the host would wait for the device, as it always does for numbers of ``meta`` tensors."""
 
     def start():
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
 
     yield start
-    torch.cuda.set_sync_debug_mode("default")
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_torch_raises_where_the_host_would_wait(device, no_waiting):
+    numbers = torch.ones(3, device=device)
+    no_waiting()
+    with pytest.raises(RuntimeError):
+        numbers.sum().item()
 
 
 @pytest.mark.parametrize("network", ["linear", "convolutions and BatchNorm", "dropout", "LayerNorm"])
 @pytest.mark.parametrize("engine", ["forward", "pullback"])
-def test_the_alignment_is_measured_without_waiting_for_the_device(network, engine, no_waiting):
-    p = problem(NETWORKS[network], device="cuda", dtype=torch.float32)
+def test_the_alignment_is_measured_without_waiting_for_the_device(network, engine, device, no_waiting):
+    p = problem(NETWORKS[network], device=device, dtype=torch.float32)
     tangents = [torch.ones_like(q) for q in p.shared]
     modules = [p.model]
     no_waiting()
@@ -41,8 +51,8 @@ def test_the_alignment_is_measured_without_waiting_for_the_device(network, engin
 @pytest.mark.parametrize(
     "weighting", [SLGrad("0"), SLGrad("0", normalize="task"), SLGrad("0", temperature=0.5), L2RW()], ids=repr
 )
-def test_and_neither_are_the_weights_made_of_it(weighting, no_waiting):
-    view = View(Given(alignment=torch.randn(2, 64, device="cuda", dtype=torch.float64)))
+def test_and_neither_are_the_weights_made_of_it(weighting, device, no_waiting):
+    view = View(Given(alignment=torch.randn(2, 64, device=device, dtype=torch.float64)))
     state = weighting.init(view)
     no_waiting()
     weighting.weigh(view, state)
