@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mtlweight._errors import MTLWeightError
 
 
-@functools.cache  # to ask a device for its type takes longer
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """The dtype of losses, Gramians and alignments: float64, or float32 on a device that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -49,7 +49,7 @@ class Ratio:
 
     Args:
         label: what it says.
-        over: names in the numerator; of several, the one with the smallest median counts.
+        over: names in the numerator; of several, the best counts: see :func:`compare`.
         under: names in the denominator, likewise.
         at_most: limit from above.
         at_least: limit from below.
@@ -107,19 +107,39 @@ def measure(row: Row, settings: Settings) -> dict[str, Any]:
     ratios = {}
     for ratio in row.ratios:
         values = seconds if ratio.of == "ms" else {name: [mib] for name, mib in memory.items()}
-        over, under = (
-            min(names, key=lambda name: statistics.median(values[name])) for names in (ratio.over, ratio.under)
-        )
-        summary = summarise(a / b for a, b in zip(values[over], values[under], strict=True))
-        met = (ratio.at_most is None or summary["median"] <= ratio.at_most) and (
-            ratio.at_least is None or summary["median"] >= ratio.at_least
-        )
-        limits = {"at_most": ratio.at_most, "at_least": ratio.at_least}
-        ratios[ratio.label] = {**summary, **limits, "met": met, "over": over, "under": under}
+        ratios[ratio.label] = compare(ratio, values)
     times = {name: summarise(1e3 * s for s in values) for name, values in seconds.items()}
     residuals = {name: residual() for name, residual in row.residuals.items()}
     found = {"ms": times, "mib": memory, "residuals": residuals, "ratios": ratios}
     return {"table": row.table, "label": row.label, "rounds": rounds, **found}
+
+
+def compare(ratio: Ratio, values: dict[str, list[float]]) -> dict[str, Any]:
+    """A ratio within each round, summarised.
+
+    Of several contestants, the best is the one with the smallest median over all *other* rounds: chosen by this one as
+    well, the best of equals would look faster than each of them is.
+
+    Args:
+        ratio: what is compared.
+        values: by name, one a round.
+    """
+    count = len(values[ratio.under[0]])
+    others = [[r for r in range(count) if r != each] or [each] for each in range(count)]
+
+    def best(names: tuple[str, ...], rounds: Iterable[int]) -> str:
+        rounds = list(rounds)
+        return min(names, key=lambda name: statistics.median(values[name][r] for r in rounds))
+
+    summary = summarise(
+        values[best(ratio.over, rest)][r] / values[best(ratio.under, rest)][r] for r, rest in enumerate(others)
+    )
+    met = (ratio.at_most is None or summary["median"] <= ratio.at_most) and (
+        ratio.at_least is None or summary["median"] >= ratio.at_least
+    )
+    limits = {"at_most": ratio.at_most, "at_least": ratio.at_least}
+    over, under = (best(names, range(count)) for names in (ratio.over, ratio.under))
+    return {**summary, **limits, "met": met, "over": over, "under": under}
 
 
 def summarise(values: Iterable[float]) -> dict[str, float]:

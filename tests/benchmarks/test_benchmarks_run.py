@@ -6,7 +6,7 @@ import torch
 
 from tests.benchmarks import _render, causal_step, loss_step, sample_step, sample_weights, solvers, task_step
 from tests.benchmarks.__main__ import TITLES, main
-from tests.benchmarks._measure import Settings, measure, peak_memory
+from tests.benchmarks._measure import Ratio, Settings, compare, measure, peak_memory
 from tests.benchmarks._models import problem
 
 CPU = torch.device("cpu")
@@ -116,6 +116,15 @@ def test_a_slow_row_gets_fewer_rounds_and_five_at_least():
     assert measure(row, Settings(rounds=7, turn=0.0, budget=0.0))["rounds"] == 5
     assert measure(row, Settings(rounds=2, turn=0.0, budget=0.0))["rounds"] == 2
     assert measure(row, Settings(rounds=7, turn=0.0, budget=60.0))["rounds"] == 7
+
+
+def test_the_best_of_several_is_chosen_without_the_round_that_it_is_compared_in():
+    values = {"a": [1.0, 1.0, 1.0], "b": [1.0, 4.0, 4.0], "c": [4.0, 2.0, 2.0]}
+    found = compare(Ratio("a / best", ("a",), ("b", "c")), values)
+    # Without the first round c is the best; without one of the others, by the medians 2.5 and 3, b is.
+    assert [found[name] for name in ("low", "median", "high")] == [0.25, 0.25, 0.25]
+    assert found["under"] == "c"  # over all rounds
+    assert compare(Ratio("memory", ("a",), ("b", "c")), {"a": [1.0], "b": [3.0], "c": [2.0]})["median"] == 0.5
 
 
 def test_a_ratio_takes_the_best_of_several_and_is_held_against_its_limit():

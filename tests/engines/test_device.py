@@ -1,4 +1,4 @@
-"""The host does not wait for the alignment: on a GPU torch would raise, and on ``meta`` there is nothing to wait for."""
+"""The host does not wait for the alignment: on a GPU torch would raise, and on ``meta`` there is none to wait for."""
 
 import pytest
 import torch
