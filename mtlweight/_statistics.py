@@ -19,6 +19,11 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype. Torch takes longer than this to see that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def widest(tensors: Iterable[Tensor]) -> torch.dtype:
     """A dtype that holds the numbers of all, float32 at least."""
     return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
@@ -183,7 +188,7 @@ class Given:
         self.dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
 
     def losses(self) -> Tensor:
-        return self._take("losses").to(statistics_dtype(self.device))
+        return cast(self._take("losses"), statistics_dtype(self.device))
 
     def shares(self) -> Tensor:
         values = next((v for k, v in self._given.items() if k in ("losses", "alignment") and v.ndim == 2), None)
@@ -199,7 +204,7 @@ class Given:
         if "jacobian" in self._given and (coefficients is not None or "gramian" not in self._given):
             return gramian_of(self.jacobian(coefficients))
         self._no(coefficients)
-        return self._take("gramian").to(statistics_dtype(self.device))
+        return cast(self._take("gramian"), statistics_dtype(self.device))
 
     def jacobian(self, coefficients: Tensor | None) -> Tensor:
         jacobian = self._take("jacobian")
@@ -212,7 +217,7 @@ class Given:
         return torch.einsum("tb,tbn->tn", coefficients.to(jacobian.dtype), jacobian)
 
     def alignment(self) -> Tensor:
-        return self._take("alignment").to(statistics_dtype(self.device))
+        return cast(self._take("alignment"), statistics_dtype(self.device))
 
     def reference_gradient(self) -> Tensor:
         return self._take("the reference's gradient")

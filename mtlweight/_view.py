@@ -166,7 +166,8 @@ class View:
         if not {*self.tasks} <= table.keys():
             missing = torch.as_tensor(default, dtype=None if isinstance(default, Tensor) else self.dtype)
             table = {task: table.get(task, missing) for task in self.tasks}
-        return torch.stack([table[task].to(self.device) for task in self.tasks])
+        device = self.device
+        return torch.stack([table[task].to(device) for task in self.tasks])
 
     def scatter(self, table: Any, values: Tensor) -> dict[str, Tensor]:
         """The table with the present tasks' rows replaced; absent tasks keep theirs."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
-from mtlweight._statistics import Given
+from mtlweight._statistics import Given, cast
 from mtlweight._view import Needs, State, View
 
 Level = Literal["task", "sample", "entry"]
@@ -188,7 +188,7 @@ class Weighting(ABC):
         """
         given = Given(losses=losses, gramian=gramian, jacobian=jacobian, alignment=alignment)
         weights, _ = evaluate(self, View(given), None)
-        return weights.to(given.dtype)
+        return cast(weights, given.dtype)
 
 
 def evaluate(weighting: Weighting, view: View, state: State | None) -> tuple[Tensor, State]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlweight._errors import MTLWeightError, NonFiniteError
-from mtlweight._statistics import all_finite, row_sizes, statistics_dtype, tensors_of, widest
+from mtlweight._statistics import all_finite, cast, row_sizes, statistics_dtype, tensors_of, widest
 from mtlweight._view import Needs, State, View, expect_samples
 from mtlweight._weighting import Level, ReferenceUse, Weighting, wrong_shape
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
@@ -337,7 +337,7 @@ class Batch:
     def losses(self) -> Tensor:
         """``[m]`` or ``[m, b]``, detached."""
         if self._values is None:
-            values = self._stacked.detach().to(statistics_dtype(self.device))
+            values = cast(self._stacked.detach(), statistics_dtype(self.device))
             self._check("loss", values)
             self._values = values
         return self._values
@@ -459,7 +459,7 @@ class Batch:
             scalar = rows.combined(value, weights, writes, self._plan.heads)
         else:
             terms = plain if writes == "task" else stacked
-            total = weights.to(terms.dtype).flatten() @ terms.flatten()
+            total = cast(weights, terms.dtype).flatten() @ terms.flatten()
             if self._plan.heads == "unweighted" and self._plan.shared is not None:
                 scalar = inject_known(value, self._inner(self._two_backwards(total, plain.sum())))
             elif self._plan.outer:

@@ -223,4 +223,4 @@ def stack(losses: Mapping[str, Tensor]) -> Tensor:
     """``[m]`` or ``[m, b]``, on the first loss's device, in a dtype that holds all, float32 at least."""
     rows = list(losses.values())
     dtype, device = widest(rows), rows[0].device  # a sum in float16 may overflow, and would round the weights
-    return torch.stack([row.to(device, dtype) for row in rows])
+    return torch.stack([row if row.dtype == dtype and row.device == device else row.to(device, dtype) for row in rows])

@@ -1,4 +1,9 @@
-"""Weightings that read inner products of the tasks' gradients."""
+"""Weightings that read inner products of the tasks' gradients.
+
+ConicGrad (arXiv 2502.00217) is not among them: of what it does, only the constrained problem could be read, not how the
+constraint's multiplier, the descent on the task weights and the step's length are chosen. What is made up for these
+would not be the published method. :class:`CAGrad` is the nearest one here.
+"""
 
 from mtlweight.gramian.aligned_mtl import AlignedMTL
 from mtlweight.gramian.cagrad import CAGrad

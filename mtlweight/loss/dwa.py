@@ -65,6 +65,7 @@ class DWA(Weighting):
         weights = len(view.tasks) * (ratio / self.temperature).softmax(dim=0)
         total, count, zero = total + view.losses, count + 1, torch.zeros_like(total)
         # Periods are equally long, so that the sums' ratio is that of the means.
-        ended, running = torch.stack([last, total, zero, zero]), torch.stack([before, last, total, count])
-        history = torch.where(count == self.period, ended, running).T
-        return weights, {"history": view.scatter(state["history"], history)}
+        history = torch.stack([last, total, zero, zero])
+        if self.period > 1:
+            history = torch.where(count == self.period, history, torch.stack([before, last, total, count]))
+        return weights, {"history": view.scatter(state["history"], history.T)}
