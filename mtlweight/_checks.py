@@ -41,7 +41,7 @@ def nonnegative(name: str, view: View, losses: Tensor | None = None, what: str =
     """
     losses = view.losses if losses is None else losses
     values = losses.tolist()
-    if min(values) < 0:
+    if any(x < 0 for x in values):
         found = ", ".join(f"{t} = {x:.4g}" for t, x in zip(view.tasks, values, strict=True) if x < 0)
         raise MTLWeightError(
             f"{name}: expected {what}, since it takes logarithms or ratios of them; found {found}. Shift the loss by a "

@@ -45,7 +45,7 @@ Penalty = Callable[[Mapping[str, Tensor], View, Any], Tensor]
 
 KEY = "mtlweight"
 """The one key that this library adds to the wrapped optimizer's state dict."""
-VERSION = 1
+VERSION = 2
 """Of what is under that key."""
 
 

@@ -100,10 +100,10 @@ FEW = 64
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity."""
     if len(tensors) == 1 and _is_short(tensors[0]):
-        return _sum_is_finite(tensors[0])
+        return _is_finite(tensors[0])
     # Sums are cheapest on the CPU; a norm of all takes one transfer from elsewhere. Either may overflow though all
     # values are finite, and then the largest value decides.
-    if all(tensor.is_cpu and _sum_is_finite(tensor) for tensor in tensors):
+    if all(tensor.is_cpu and _is_finite(tensor) for tensor in tensors):
         return True
     return any(bool(nn.utils.get_total_norm(tensors, p).isfinite()) for p in (2.0, torch.inf))
 
@@ -112,9 +112,10 @@ def _is_short(tensor: Tensor) -> bool:
     return tensor.ndim < 2 and tensor.numel() <= FEW and tensor.layout == torch.strided
 
 
-def _sum_is_finite(tensor: Tensor) -> bool:
+def _is_finite(tensor: Tensor) -> bool:
+    tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     if not _is_short(tensor):
-        return math.isfinite(tensor.detach().sum())
+        return math.isfinite(tensor.sum())
     values: Any = tensor.tolist()
     return all(map(math.isfinite, values)) if tensor.ndim else math.isfinite(values)
 

@@ -110,8 +110,9 @@ class MicroBatches(Batch):
                 pairs = self._two_backwards(*sums)
             else:
                 graph = Backward(sums[:1])
-                found = gradient(sums[0], graph.leaves, keep_graph=False, narrow=graph.narrow)
-                pairs = [*zip(graph.leaves, found, strict=True)]
+                reached = graph.leaves
+                found = gradient(sums[0], reached, keep_graph=False, narrow=graph.narrow)
+                pairs = [*zip(reached, found, strict=True)]
             for p, g in self._inner(pairs):
                 if g is not None:
                     total[p] = total[p] + g if p in total else wide(g)

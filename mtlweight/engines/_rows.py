@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from mtlweight.engines._inject import inject, placed
 from mtlweight.engines._range import Reached, dense, wide
 
 LONG = 1 << 16
-"""Gradients of fewer numbers are joined: many small products cost more than a copy. Longer ones stay where they are."""
+"""Gradients of at most so many numbers are joined: many small products cost more than a copy. Longer ones stay."""
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Rows:
         rest: other leaves.
         groups: places in ``inputs`` whose gradients are one vector.
         long: for each output, a vector for each group that has no block, or ``None`` for zero.
-        block: the vectors of the last group, ``[m, *]``, if it joins several inputs; ``J``, if the group is all.
+        block: the vectors of the last group, ``[m, *]``, if there are short inputs; ``J``, if the group is all inputs.
         reach: for each output, the places of the inputs that it depends on.
         heads: for each output, its gradients by their place in ``rest``.
         coefficients: ``[m, b]`` weights that the outputs were made with, if any.
@@ -171,6 +172,7 @@ class Rows:
         weighted = writes == "task" and heads == "weighted"
         shared = [(t, j) for t, row in enumerate(self.long) for j, vector in enumerate(row) if vector is not None]
         others = [(t, k) for t, row in enumerate(self.heads) for k in row]
+        turns = _turns([k for _, k in others])
         count, joined = len(self.rest), self.block is not None
 
         def gradients(incoming: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
@@ -182,10 +184,13 @@ class Rows:
             for factor, vector in zip(factors, saved[-1], strict=True) if joined else ():
                 totals[-1] = _plus(totals[-1], factor, vector)
             tails: list[Tensor | None] = [None] * count
-            own = [wide(g) for g in saved[1 + len(shared) : 1 + len(shared) + len(others)]]
-            scales = [placed(factors[t] if weighted else incoming, g) for (t, _), g in zip(others, own, strict=True)]
-            for (_, k), g in zip(others, torch._foreach_mul(own, scales) if own else (), strict=True):
-                tails[k] = g if (before := tails[k]) is None else before.add_(g)
+            for turn in turns:
+                own = [wide(saved[1 + len(shared) + i]) for i in turn]
+                scales = [factors[others[i][0]] if weighted else incoming for i in turn]
+                products = torch._foreach_mul(own, [placed(x, g) for x, g in zip(scales, own, strict=True)])
+                for i, g in zip(turn, products, strict=True):
+                    k = others[i][1]
+                    tails[k] = g if (before := tails[k]) is None else before.add_(g)
             found: list[Tensor | None] = [None] * len(shapes)
             for group, total in zip(groups, totals, strict=True):
                 if total is not None:
@@ -206,6 +211,18 @@ class Rows:
             yield [zero if vector is None else vector for vector in column]
         if self.block is not None:
             yield self.block
+
+
+def _turns(leaves: Sequence[int]) -> list[list[int]]:
+    """Places in a list, in groups that name no leaf twice: few operations, and one gradient of each leaf at a time."""
+    turns: list[list[int]] = []
+    seen: Counter[int] = Counter()
+    for i, leaf in enumerate(leaves):
+        if seen[leaf] == len(turns):
+            turns.append([])
+        turns[seen[leaf]].append(i)
+        seen[leaf] += 1
+    return turns
 
 
 def _plus(total: Tensor | None, factor: Tensor, vector: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ CHUNK = 32
 def gradients(
     graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool, chunk_size: int = CHUNK
 ) -> Iterator[Reached]:
-    """The gradients of each output with respect to all inputs, ``chunk_size`` outputs in one vectorised backward.
+    """The gradients of each output with respect to inputs, ``chunk_size`` outputs in one vectorised backward.
 
     Fewer kernel launches than one backward a row, for more memory: each chunk holds its gradients, zeros included.
     Operators without a batching rule for their backward are looped over by torch.

@@ -32,8 +32,8 @@ class Capture:
         self._outputs.clear()
 
     def take(self) -> list[Tensor]:
-        """What was recorded since the last call of this or of :meth:`clear`."""
-        outputs = list(self._outputs)
+        """What was recorded since the last call of this or of :meth:`clear`, each once, whoever returned it."""
+        outputs = list({id(output): output for output in self._outputs}.values())
         self._outputs.clear()
         return outputs
 

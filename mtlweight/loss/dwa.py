@@ -21,8 +21,8 @@ class DWA(Weighting):
     ``ℓ_t(e)`` is the mean loss of task ``t`` over period ``e``, ``T`` is ``temperature``. A task without two finished
     periods has ``r_t = 1``, so that the weights start equal.
 
-    *Reads* the losses. *Writes* ``[m]``, non-negative, with sum ``m``. *State* per task: the two last periods' mean
-    losses, the running period's sum and count. *Cost* none.
+    *Reads* the losses. *Writes* ``[m]``, non-negative, with sum ``m``. *State* per task: the losses' sums over the last
+    period but one, the last and the running one, and the running one's steps, in this order. *Cost* none.
 
     Args:
         temperature: ``T``; large values make the weights equal. Default 2, the paper's.
@@ -67,5 +67,5 @@ class DWA(Weighting):
         # Periods are equally long, so that the sums' ratio is that of the means.
         history = torch.stack([last, total, zero, zero])
         if self.period > 1:
-            history = torch.where(count == self.period, history, torch.stack([before, last, total, count]))
+            history = torch.where(count >= self.period, history, torch.stack([before, last, total, count]))
         return weights, {"history": view.scatter(state["history"], history.T)}

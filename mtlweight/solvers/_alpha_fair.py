@@ -37,8 +37,8 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
     :math:`k_i = \|g_i\|^{1/\alpha - 1}`, the equation :math:`C y = k y^{-1/\alpha}` is solved by Newton's method in
     :math:`\log y`, which keeps both sides positive. For two rows it comes down to one equation in a scalar, increasing
     and concave: the logarithm of the ratio of their lengths, or of their gains if they conflict. For `alpha = 1` the
-    lengths of the gradients drop out altogether. An `alpha` beyond 10 or below 0.1, together with rows of very
-    different scale, can fail.
+    lengths of the gradients drop out altogether. An `alpha` of 10 or more or of 0.1 or less can fail, where rows are of
+    very different scale or nearly depend on each other.
 
     **Degenerate input.** Where a convex combination of gradients vanishes, no step improves all of its objectives, and
     the equation has no solution: the weights would grow without bound. Take all objectives that occur in such a
@@ -163,7 +163,7 @@ def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, fl
                 return x, math.inf
             last, residual = residual, float(abs(gap / summed).max())
             if residual <= 1e-14 or (near and not residual < last / 2):
-                return x, residual
+                return (x, residual) if residual <= best[1] else best
             if residual < best[1]:  # where rows nearly cancel, rounding may keep it from ever coming to a halt
                 best = x.copy(), residual
         if inverse is not None:

@@ -1,14 +1,19 @@
 """The gradient engines, against one ordinary backward a task."""
 
+import functools
+import re
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mtlweight
-from mtlweight import MultiTaskOptimizer, Needs
+from mtlweight import MGDA, MultiTaskOptimizer, Needs, NonFiniteError
 from mtlweight._statistics import FEW, all_finite, gramian_of
+from mtlweight.engines import _rows
 from mtlweight.engines._graph import Backward, leaves_of_each
+from tests.benchmarks._measure import MIB, peak_memory
 from tests.engines.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem
 
 # Some operators' backward has no batching rule: torch loops over it and says so, once in a process.
@@ -321,3 +326,90 @@ def test_what_is_not_finite_is_seen_among_few_numbers_and_among_many(numbers, be
         values[0, -1] = last
         assert all_finite([values, torch.ones(2)] if beside else [values]) == finite
     assert all_finite([torch.ones(1, numbers).to_sparse()])
+
+
+def test_complex_numbers_are_finite_if_both_their_parts_are():
+    for numbers in (1, FEW + 1):
+        values = torch.ones(numbers, dtype=torch.complex128)
+        assert all_finite([values, values])
+        values[-1] = complex(0.0, torch.inf)
+        assert not all_finite([values, torch.ones(2)])
+
+
+@pytest.mark.parametrize("long", [0, 20, 1000])
+@pytest.mark.parametrize("engine", ["rows", "batched", "samples"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_step_does_not_depend_on_which_gradients_are_joined(long, engine, parts, monkeypatch):
+    """Some of two layers' gradients are long; one task is dropped, and one reaches the first layer alone."""
+    found = []
+    for length in (_rows.LONG, long):
+        monkeypatch.setattr(_rows, "LONG", length)
+        torch.manual_seed(SEED)
+        first, second = torch.nn.Linear(3, 7).double(), torch.nn.Linear(7, 4).double()
+        heads = torch.nn.ModuleDict(
+            {task: torch.nn.Linear(k, 1).double() for task, k in {"a": 4, "b": 7, "c": 4}.items()}
+        )
+        data = torch.randn(6, 3, dtype=torch.float64)
+
+        def losses(x, first=first, second=second, heads=heads):
+            z = torch.tanh(first(x))
+            values = {"a": heads["a"](second(z)), "b": heads["b"](z), "c": heads["c"](second(z)).sqrt()}  # c: NaN
+            return {task: value.squeeze(1).square() for task, value in values.items()}
+
+        model = torch.nn.ModuleList([first, second, heads])
+        optimizer = MultiTaskOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.0),
+            MGDA(),
+            shared=[first, second],
+            engine=engine,
+            on_nonfinite="drop",
+        )
+        given = [functools.partial(losses, x) for x in data.split(6 // parts)]
+        optimizer.combine(given if parts > 1 else given[0]).backward()
+        optimizer.step()
+        assert optimizer.report.dropped == {"c": 1}
+        found.append([optimizer.report.gramian, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    assert all(close(a, b, 1e-12) for a, b in zip(*found, strict=True))
+
+
+def test_a_bad_gradient_is_found_among_those_that_are_joined_and_among_the_others(monkeypatch):
+    monkeypatch.setattr(_rows, "LONG", 4)
+    for bad in ("0.weight", "0.bias"):  # 6 numbers, and 2
+        encoder = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh())
+        encoder.get_parameter(bad).register_hook(lambda g: g * torch.nan)
+        optimizer = MultiTaskOptimizer(torch.optim.SGD(encoder.parameters(), lr=0.1), MGDA(), shared=encoder)
+        z = encoder(torch.ones(4, 3))
+        with pytest.raises(NonFiniteError, match=re.escape(repr(bad))):
+            optimizer.combine({"a": z[:, 0].sum(), "b": z[:, 1].sum()})
+
+
+def test_a_leaf_that_all_tasks_reach_has_one_gradient_at_a_time_in_the_backward():
+    """The trunk below ``shared``: as much memory for each task again would be the memory of a Jacobian."""
+    m, n = 8, 1 << 18
+    trunk, last = torch.nn.Parameter(torch.ones(n)), torch.nn.Linear(4, m)
+    optimizer = MultiTaskOptimizer(torch.optim.SGD([trunk, *last.parameters()], lr=0.0), MGDA(), shared=last)
+
+    def backward():
+        optimizer.zero_grad()
+        outputs = last(trunk.view(-1, 4)).mean(dim=0)
+        scalar = optimizer.combine({str(t): (outputs[t] - t).square() for t in range(m)})
+        return peak_memory(scalar.backward, trunk.device)
+
+    assert backward() < 4 * n * 4 / MIB
+
+
+def test_a_tensor_that_is_output_twice_is_one_representation():
+    """By a module and by the one that it is part of; as a parameter that a module returns."""
+    inner = torch.nn.Linear(3, 4)
+    outer = torch.nn.Sequential(inner)
+    found = []
+    for shared in ([outer], [outer, inner]):
+        optimizer = MultiTaskOptimizer(
+            torch.optim.SGD(outer.parameters(), lr=0.0), MGDA(), shared=shared, engine="features"
+        )
+        z = outer(torch.ones(2, 3))
+        optimizer.combine({str(t): (t + z[:, t % 4]).square().mean() for t in range(6)}).backward()
+        optimizer.step()
+        found.append(optimizer.report.gramian)
+    assert close(*found)

@@ -57,6 +57,8 @@ def test_a_negative_loss_is_named(each):
         each(losses=torch.tensor([1.0, -0.5]), jacobian=torch.eye(2))
     with pytest.raises(MTLWeightError, match=r"found 0 = -1\."):
         each(losses=torch.tensor([-1.0, torch.nan]), jacobian=torch.eye(2))
+    with pytest.raises(MTLWeightError, match=r"found 1 = -1\."):
+        each(losses=torch.tensor([torch.nan, -1.0]), jacobian=torch.eye(2))
 
 
 def test_a_row_of_a_table_does_not_hold_on_to_the_others():
