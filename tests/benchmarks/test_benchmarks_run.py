@@ -149,7 +149,7 @@ def test_one_command_prints_the_table_and_writes_the_numbers(tmp_path, capsys, m
     printed = capsys.readouterr().out
     run = json.loads(path.read_text())
     assert run["environment"]["torch"] == torch.__version__
-    assert set(run["results"][0]["ms"]) == {"plain", "UW", "DWA", "RLW"}
+    assert set(run["results"][0]["ms"]) == {"plain", "UW", "DWA", "RLW", "UW by hand"}
     assert "UW / plain" in printed
     text = page.read_text()
     assert "UW / plain" in text
