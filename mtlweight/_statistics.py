@@ -165,7 +165,7 @@ class Given:
     ) -> None:
         self._shares = shares
         given = (("losses", losses), ("gramian", gramian), ("jacobian", jacobian), ("alignment", alignment))
-        self._given = {name: value.detach() for name, value in given if value is not None}
+        self._given = {name: v.detach() if v.requires_grad else v for name, v in given if v is not None}
         if not self._given:
             raise MTLWeightError("Expected at least one of losses, gramian, jacobian, alignment; found none. Pass one.")
         counts = {}
@@ -179,7 +179,7 @@ class Given:
             counts[name] = shape[0]
         if tasks is not None:
             counts["tasks"] = len(tasks)
-        if len({*counts.values()}) > 1:
+        if len(counts) > 1 and len({*counts.values()}) > 1:
             raise MTLWeightError(
                 f"Expected the same number of tasks in each argument, found {counts}. Make them agree."
             )

@@ -180,7 +180,7 @@ class View:
 
     def restricted(self, needs: Needs) -> View:
         """The same view with ``needs`` alone readable."""
-        return self._with(_needs=needs)
+        return self if needs == self._needs else self._with(_needs=needs)
 
     def scaled(self, weights: Tensor, writes: str | None = None) -> View:
         """The view of the weighted problem: losses, rows and alignment times ``weights``, Gramian ``w G wᵀ``.

@@ -187,7 +187,7 @@ class Weighting(ABC):
             MTLWeightError: if what the weighting reads is missing or has a wrong shape.
         """
         given = Given(losses=losses, gramian=gramian, jacobian=jacobian, alignment=alignment)
-        weights, _ = evaluate(self, View(given), None)
+        weights, _ = evaluate(self, View(given, needs=self.needs), None)
         return cast(weights, given.dtype)
 
 
