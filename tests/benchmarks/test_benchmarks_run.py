@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mtlweight
 from tests.benchmarks import _render, causal_step, loss_step, sample_step, sample_weights, solvers, task_step
 from tests.benchmarks.__main__ import TITLES, main
 from tests.benchmarks._measure import Ratio, Settings, compare, measure, peak_memory
@@ -89,6 +90,15 @@ def test_the_step_by_hand_is_the_step_of_the_library():
     sample_step.by_hand(hand)()
     for a, b in zip(ours.model.parameters(), hand.model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_first_step_of_uncertainty_weighting_by_hand_is_that_of_the_library():
+    start = problem("LeNet", tasks=2, samples=6, device=CPU, seed=1)
+    ours, hand = start.fresh(), start.fresh()
+    loss_step.ours(ours, mtlweight.UW())()
+    loss_step.by_hand(hand)()
+    for a, b in zip(ours.model.parameters(), hand.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_peak_memory_counts_what_is_held_at_the_same_time():
