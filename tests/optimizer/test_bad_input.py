@@ -36,6 +36,7 @@ from mtlweight import (
     normalize,
     weighting,
 )
+from mtlweight._optimizer import VERSION
 from tests.optimizer.problems import Problem, own, poison, same, step, wrap
 
 EQUAL = Equal()
@@ -419,11 +420,16 @@ CASES = [
             (PCD("left"), PCD("right"), "PCD(main='right')", "PCD(main='left')"),
         ]
     ),
-    Case(
-        "a checkpoint of a later version",
-        lambda _, o: o.load_state_dict({**checkpoint_of(UW()), "mtlweight": {**own(o), "version": 99}}),
-        r"of another version: expected 1, found 99\. Load",
-        weighting=UW(),
+    *(
+        Case(
+            f"a checkpoint of {which} version",
+            lambda _, o, version=version: o.load_state_dict(
+                {**checkpoint_of(UW()), "mtlweight": {**own(o), "version": version}}
+            ),
+            rf"of another version: expected {VERSION}, found {version}\. Load",
+            weighting=UW(),
+        )
+        for which, version in (("an earlier", VERSION - 1), ("a later", VERSION + 1))
     ),
     Case(
         "a checkpoint of other parameters",
