@@ -6,15 +6,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlweight import (
+    CRMOGM,
     IMTLG,
     MGDA,
+    PCD,
+    AlignedMTL,
     CAGrad,
     ConFIG,
     Constant,
     DualProj,
     FairGrad,
+    GradNorm,
+    GradVac,
+    Krum,
     MTLWeightError,
     NashMTL,
+    PCGrad,
     UPGrad,
     View,
     every,
@@ -34,6 +41,33 @@ def length(w, J):
 
 def same_step(a, b, J, tolerance=1e-7):
     assert ((a - b) @ J).norm() <= tolerance * max(length(a, J), length(b, J))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [*METHODS, AlignedMTL(), CRMOGM(), GradNorm(), GradVac(), Krum(), MGDA(), PCD("0"), PCGrad()],
+    ids=repr,
+)
+def test_the_host_asks_for_numbers_once_at_most(method, monkeypatch):
+    """Each time it would wait for a GPU."""
+    asked = []
+    for name in ("cpu", "tolist", "item", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__"):
+        call = getattr(torch.Tensor, name)
+
+        def noted(self, *args, _name=name, _call=call, **options):
+            asked.append(_name)
+            return _call(self, *args, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, noted)
+    jacobian = torch.tensor(
+        [[1.0, 0.0, 2.0], [-1.0, 2.0, 0.5], [0.5, -1.0, 1.0], [0.0, 1.0, -3.0]], dtype=torch.float64
+    )
+    view = View(Given(losses=torch.arange(1.0, 5.0), gramian=jacobian @ jacobian.T))
+    state = method.init(view)
+    asked.clear()
+    method.weigh(view, state)
+    assert len([name for name in asked if name != "numpy"]) <= 1
+    assert asked.count("numpy") <= asked.count("cpu")  # what is on the host may be seen as an array
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
