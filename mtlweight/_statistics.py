@@ -19,9 +19,10 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in this dtype. Torch takes longer than this to see that there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+def cast(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+    """The tensor in this dtype, on this device. Torch takes longer than this to see that there is nothing to do."""
+    there = device is None or tensor.device == device
+    return tensor if there and tensor.dtype == dtype else tensor.to(device, dtype)
 
 
 def widest(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -179,7 +180,7 @@ class Given:
             counts[name] = shape[0]
         if tasks is not None:
             counts["tasks"] = len(tasks)
-        if len(counts) > 1 and len({*counts.values()}) > 1:
+        if len({*counts.values()}) > 1:
             raise MTLWeightError(
                 f"Expected the same number of tasks in each argument, found {counts}. Make them agree."
             )

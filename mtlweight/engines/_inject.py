@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlweight._statistics import cast
+
 Pairs = list[tuple[Tensor, Tensor | None]]
 """Leaves with the gradients that they are to get."""
 Gradients = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
@@ -18,20 +20,15 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: Gradients, count: int, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors[count:])
-        ctx.gradients, ctx.options = gradients, [(leaf.device, leaf.dtype) for leaf in tensors[:count]]
+        ctx.gradients, ctx.options = gradients, [(leaf.dtype, leaf.device) for leaf in tensors[:count]]
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         found = zip(ctx.gradients(incoming, ctx.saved_tensors), ctx.options, strict=True)
-        written = [g if g is None or (g.device, g.dtype) == options else g.to(*options) for g, options in found]
+        written = [None if g is None else cast(g, *options) for g, options in found]
         return (None, None, None, *written, *[None] * len(ctx.saved_tensors))
-
-
-def placed(scalar: Tensor, like: Tensor) -> Tensor:
-    """A scalar on another tensor's device."""
-    return scalar if scalar.device == like.device else scalar.to(like.device)
 
 
 def inject(value: Tensor, leaves: Sequence[Tensor], saved: Sequence[Tensor], gradients: Gradients) -> Tensor:
@@ -52,6 +49,6 @@ def inject_known(value: Tensor, pairs: Pairs) -> Tensor:
     known = [(leaf, g) for leaf, g in pairs if g is not None]
 
     def gradients(incoming: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        return [placed(incoming, g) * g for g in saved]
+        return [cast(incoming, incoming.dtype, g.device) * g for g in saved]
 
     return inject(value, [leaf for leaf, _ in known], [g for _, g in known], gradients)

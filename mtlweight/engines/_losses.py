@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
-from mtlweight._statistics import statistics_dtype, widest
+from mtlweight._statistics import cast, statistics_dtype, widest
 
 Masks = Mapping[str, Tensor]
 """Which samples of a task have a label, ``[b]`` of booleans. A task without an entry has them all."""
@@ -223,4 +223,4 @@ def stack(losses: Mapping[str, Tensor]) -> Tensor:
     """``[m]`` or ``[m, b]``, on the first loss's device, in a dtype that holds all, float32 at least."""
     rows = list(losses.values())
     dtype, device = widest(rows), rows[0].device  # a sum in float16 may overflow, and would round the weights
-    return torch.stack([row if row.dtype == dtype and row.device == device else row.to(device, dtype) for row in rows])
+    return torch.stack([cast(row, dtype, device) for row in rows])

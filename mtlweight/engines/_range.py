@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mtlweight._statistics import all_finite
+from mtlweight._statistics import all_finite, cast
 from mtlweight.engines._grad import grad
 
 Gradients = tuple[Tensor | None, ...]
@@ -24,9 +24,7 @@ SCALES = tuple(2.0**k for k in (15, 8, 0, -8))
 
 def wide(values: Tensor) -> Tensor:
     """The same values in float32 at least."""
-    if values.dtype == torch.float32:
-        return values
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return cast(values, torch.promote_types(values.dtype, torch.float32))
 
 
 def dense(gradient: Tensor) -> Tensor:

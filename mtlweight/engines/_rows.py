@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mtlweight._statistics import gramian_of, widest
+from mtlweight._statistics import cast, gramian_of, widest
 from mtlweight._weighting import Level
-from mtlweight.engines._inject import inject, placed
+from mtlweight.engines._inject import inject
 from mtlweight.engines._range import Reached, dense, wide
 
 LONG = 1 << 16
@@ -187,7 +187,9 @@ class Rows:
             for turn in turns:
                 own = [wide(saved[1 + len(shared) + i]) for i in turn]
                 scales = [factors[others[i][0]] if weighted else incoming for i in turn]
-                products = torch._foreach_mul(own, [placed(x, g) for x, g in zip(scales, own, strict=True)])
+                products = torch._foreach_mul(
+                    own, [cast(x, x.dtype, g.device) for x, g in zip(scales, own, strict=True)]
+                )
                 for i, g in zip(turn, products, strict=True):
                     k = others[i][1]
                     tails[k] = g if (before := tails[k]) is None else before.add_(g)
