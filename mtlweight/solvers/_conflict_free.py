@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from mtlweight.solvers._rows import NULL, Array, Solution, eigen, promised, rows_of
+from mtlweight.solvers._rows import NULL, TINY, Array, Solution, eigen, promised, rows_of, solved, times
 
 _ROUNDING = 1e-14  # a sum this far below its terms is nothing but rounding
-_DEFINITE = 1e-6  # least squared pivot of cosines that are solved as they are
+_ORTHOGONAL = 1e-6  # the part of a vector of ones that counts as none
 
 
 def conflict_free(gramian: Array) -> Solution:
@@ -30,13 +30,14 @@ def conflict_free(gramian: Array) -> Solution:
     dependent where a combination of them is shorter than about :math:`3 \cdot 10^{-7} \sqrt m` times its coefficients.
 
     Args:
-        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`. It is not changed.
+        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`; or many, `[..., m, m]`, each solved by itself.
+            It is not changed.
 
     Returns:
-        The weights, `[m]`, and their residual, at most `1e-8`.
+        The weights, `[m]` or `[..., m]`, and their residual, the largest of many, at most `1e-8`.
 
     Raises:
-        MTLWeightError: If the Gramian is not square, finite, symmetric and positive semidefinite.
+        MTLWeightError: If a Gramian is not square, finite, symmetric and positive semidefinite.
         SolverError: If the residual stays above `1e-8`.
 
     Example:
@@ -55,30 +56,25 @@ def conflict_free(gramian: Array) -> Solution:
         - Q. Liu, M. Chu and N. Thuerey, "ConFIG: towards conflict-free training of physics informed neural networks",
           2408.11104, 2024, equations 2 and 3.
     """
-    rows = rows_of(gramian, "conflict_free")
-    weights = np.zeros(len(rows.norms))
-    alive = ~rows.zero
-    if not alive.any():
-        return Solution(weights, 0.0)
-    norms, C = rows.norms, rows.cosines
-    if not alive.all():
-        norms, C = norms[alive], C[np.ix_(alive, alive)]
-    ones = np.ones(len(C))
-    if rows.pivot > _DEFINITE:
-        y = np.linalg.solve(C, ones)
-    else:
-        values, vectors = eigen(C)
-        kept = values > NULL * len(C)
-        shares = ones @ vectors[:, kept]
-        if np.linalg.norm(shares) <= 1e-6:
-            return Solution(weights, 0.0)
-        y = vectors[:, kept] @ (shares / values[kept])
-    projections = C @ y
+    rows = rows_of(gramian, "conflict_free", stacks=True)
+    ones = np.where(rows.zero, 0.0, 1.0)
+    C, y = rows.cosines, solved(rows, ones, _least_squares)
+    projections = times(C, y)
     size = np.abs(C)
-    residual = float((np.abs(C @ (ones - projections)) / (size @ (ones + size @ np.abs(y)))).max())
-    scaled = norms / norms.max()
-    length = scaled @ projections
-    if abs(length) <= _ROUNDING * (scaled @ np.abs(projections)):
-        return Solution(weights, residual)
-    weights[alive] = length / (y @ projections) * y / scaled
-    return Solution(weights, promised("conflict_free", residual, len(weights)))
+    terms = times(size, ones + times(size, np.abs(y)))
+    error = np.abs(times(C, ones - projections)) / np.maximum(terms, TINY)
+    error *= ones * y.any(axis=-1, keepdims=True)
+    residual = promised("conflict_free", float(error.max()), C.shape[-1])
+    scaled = rows.norms / np.maximum(rows.norms.max(axis=-1, keepdims=True), TINY)
+    length, squared = (scaled * projections).sum(axis=-1), (y * projections).sum(axis=-1)
+    moves = np.abs(length) > _ROUNDING * (scaled * np.abs(projections)).sum(axis=-1)
+    scale = np.divide(length, squared, out=np.zeros_like(length), where=moves)
+    return Solution(scale[..., None] * np.divide(y, scaled, out=np.zeros_like(y), where=scaled > 0.0), residual)
+
+
+def _least_squares(C: Array, ones: Array) -> Array:
+    values, vectors = eigen(C)
+    kept = values > NULL * values.shape[-1]
+    shares = np.where(kept, times(vectors.swapaxes(-2, -1), ones), 0.0)
+    shares[np.linalg.norm(shares, axis=-1) <= _ORTHOGONAL] = 0.0
+    return times(vectors, shares / np.where(kept, values, 1.0)) * ones

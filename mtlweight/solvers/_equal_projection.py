@@ -4,9 +4,8 @@ from typing import Literal
 
 import numpy as np
 
-from mtlweight.solvers._rows import NULL, Array, Solution, eigen, promised, rows_of
+from mtlweight.solvers._rows import NULL, TINY, Array, Solution, eigen, promised, rows_of, solved, times
 
-_DEFINITE = 1e-6  # least squared pivot of cosines that are solved as they are
 _RIDGE = 1e-11
 _ROUNDING = 1e-12  # an inner product with an eigenvector that is nothing but rounding
 _CANCELLED = 1e-8  # a sum this far below its terms counts as zero
@@ -41,15 +40,16 @@ def equal_projection(gramian: Array, total: Literal["sum", "absolute"] = "sum") 
     scaled to sum to one, and zeros are returned.
 
     Args:
-        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`. It is not changed.
+        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`; or many, `[..., m, m]`, each solved by itself.
+            It is not changed.
         total: What is scaled to one: the sum of the weights, or the sum of their absolute values. The latter always
             can be, and keeps :math:`\kappa \ge 0`.
 
     Returns:
-        The weights, `[m]`, and their residual, at most `1e-8`.
+        The weights, `[m]` or `[..., m]`, and their residual, the largest of many, at most `1e-8`.
 
     Raises:
-        MTLWeightError: If the Gramian is not square, finite, symmetric and positive semidefinite.
+        MTLWeightError: If a Gramian is not square, finite, symmetric and positive semidefinite.
         SolverError: If the residual stays above `1e-8`.
 
     Example:
@@ -67,37 +67,28 @@ def equal_projection(gramian: Array, total: Literal["sum", "absolute"] = "sum") 
     References:
         - L. Liu et al., "Towards impartial multi-task learning", ICLR 2021, section 3.1.
     """
-    rows = rows_of(gramian, "equal_projection")
-    m = len(rows.norms)
-    weights = np.zeros(m)
-    alive = ~rows.zero
-    if not alive.any():
-        return Solution(weights + 1.0 / m, 0.0)
-    norms, C = rows.norms, rows.cosines
-    if not alive.all():
-        norms, C = norms[alive], C[np.ix_(alive, alive)]
-    y, kappa = _solve(C, rows.pivot)
-    residual = float(np.abs(C @ y - kappa).max() / np.abs(y).sum())
-    w = y * (norms.min() / norms)
-    size = np.abs(w).sum()
-    scale = w.sum() if total == "sum" else size
-    if abs(scale) <= _CANCELLED * size:
-        return Solution(weights, 0.0)
-    weights[alive] = w / scale
-    return Solution(weights, promised("equal_projection", residual, m))
+    rows = rows_of(gramian, "equal_projection", stacks=True)
+    C, m = rows.cosines, rows.cosines.shape[-1]
+    y = np.where(rows.zero, 0.0, 1.0)
+    kappa = y
+    if m == 2:
+        kappa = y * (1.0 + C[..., :1, 1])
+    else:
+        y = solved(rows, y, _limit)
+    off = np.abs(times(C, y) - kappa).max(axis=-1) / np.maximum(np.abs(y).sum(axis=-1), TINY)
+    residual = promised("equal_projection", float(off.max()), m)
+    w = y * rows.inverse
+    size = np.abs(w).sum(axis=-1, keepdims=True)
+    scale = w.sum(axis=-1, keepdims=True) if total == "sum" else size
+    weights = np.divide(w, scale, out=np.zeros_like(w), where=np.abs(scale) > _CANCELLED * size)
+    return Solution(np.where(rows.zero.all(axis=-1, keepdims=True), 1.0 / m, weights), residual)
 
 
-def _solve(C: Array, pivot: float) -> tuple[Array, float]:
-    ones = np.ones(len(C))
-    if len(C) == 2:
-        return ones, float(1.0 + C[0, 1])
-    if pivot > _DEFINITE:
-        return np.asarray(np.linalg.solve(C, ones), dtype=np.float64), 1.0
+def _limit(C: Array, ones: Array) -> Array:
+    """Three steps of a proximal point iteration, `(C + ridge) y' = 1 + ridge y`, from zero."""
     values, vectors = eigen(C)
-    shares = ones @ vectors
+    shares = times(vectors.swapaxes(-2, -1), ones)
     shares[np.abs(shares) < _ROUNDING] = 0.0
-    values[values < len(C) * NULL] = 0.0
-    # Three steps of a proximal point iteration, (C + ridge) y' = 1 + ridge y, from zero.
+    values[values < values.shape[-1] * NULL] = 0.0
     ratio = _RIDGE / (values + _RIDGE)
-    y = vectors @ (shares * (1.0 + ratio + ratio**2) / (values + _RIDGE))
-    return y, 1.0
+    return times(vectors, shares * (1.0 + ratio + ratio**2) / (values + _RIDGE)) * ones

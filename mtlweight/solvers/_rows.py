@@ -1,6 +1,7 @@
 """What solvers read of a Gramian: the lengths of the rows and the cosines between them."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,14 +14,15 @@ Array: TypeAlias = npt.NDArray[np.float64]
 TOLERANCE = 1e-8  # the residual that every solver promises
 RIDGE = 1e-10  # large enough to dominate float64 noise (2e-16), small enough that one step already keeps the promise
 NULL = 1e-13  # eigenvalues of cosines that are nothing but rounding
+TINY = float(np.finfo(np.float64).tiny)
 EPS = float(np.finfo(np.float64).eps)
 
+_INDEPENDENT = 1e-3  # least pivot of cosines that are solved as they are
 _NOISE = 1e-2  # asymmetry or negative curvature that low-precision arithmetic may leave in a Gramian of unit rows
-_TINY = float(np.finfo(np.float64).tiny)
 
 
 class Solution(NamedTuple):
-    """Weights, `[m]`, and the residual that they reach."""
+    """Weights, with the shape of what was asked, and the residual that they reach: of many, the largest."""
 
     weights: Array
     residual: float
@@ -30,7 +32,7 @@ class Rows(NamedTuple):
     """The rows of J, up to a rotation: their lengths, the cosines between them, and how far from dependent they are.
 
     `pivots` is the diagonal of the cosines' Cholesky factor. A zero row has length 0 and counts as orthogonal to all
-    others.
+    others. Of a stack of Gramians, everything has the stack's dimensions before its own.
     """
 
     norms: Array
@@ -39,7 +41,7 @@ class Rows(NamedTuple):
 
     @property
     def pivot(self) -> float:
-        """The least squared pivot, near zero where rows depend on each other."""
+        """The least squared pivot of one Gramian, near zero where rows depend on each other."""
         return float(self.pivots.min()) ** 2
 
     @property
@@ -54,49 +56,65 @@ class Rows(NamedTuple):
         return np.divide(1.0, self.norms, out=np.zeros_like(self.norms), where=self.norms > 0.0)
 
 
-def rows_of(gramian: Array, solver: str) -> Rows:
+def rows_of(gramian: Array, solver: str, stacks: bool = False) -> Rows:
     """Checks a Gramian and takes it apart.
 
     A slightly indefinite Gramian, as float32 rounding leaves it, is replaced by the nearest positive semidefinite
-    matrix of cosines.
+    matrix, scaled to cosines again.
 
     Args:
-        gramian: `[m, m]`. It is not changed.
+        gramian: `[m, m]`; with `stacks`, `[..., m, m]` as well. It is not changed.
         solver: The name of the caller, for messages.
+        stacks: Whether it takes many Gramians at once.
 
     Raises:
         MTLWeightError: If the Gramian is not square, finite, symmetric and positive semidefinite.
     """
     G = np.asarray(gramian, dtype=np.float64)
-    if G.ndim != 2 or G.shape[0] != G.shape[1] or not G.size:
+    m = G.shape[-1] if G.ndim == 2 or (G.ndim > 2 and stacks) else 0
+    if not G.size or G.shape[-2:] != (m, m):
+        many = ", or a stack of them [..., m, m]" if stacks else ""
         raise MTLWeightError(
-            f"{solver} expected a square Gramian [m, m] with m >= 1, but found shape {list(G.shape)}. Pass J @ J.T."
+            f"{solver} expected a square Gramian [m, m] with m >= 1{many}, but found shape {list(G.shape)}. Pass J @ "
+            "J.T."
         )
     if not all_finite(G):
         raise MTLWeightError(
             f"{solver} expected a finite Gramian, but found {np.count_nonzero(~np.isfinite(G))} entries that are inf "
             "or nan. Skip the step, or look for the loss that overflowed."
         )
-    squares = G.diagonal()
-    if squares.min() < _TINY:
-        zero = squares < _TINY
+    squares = G.diagonal(0, -2, -1)
+    if squares.min() < TINY:
+        zero = squares < TINY
         norms = np.sqrt(np.where(zero, 0.0, squares))
         unit = np.where(zero, 1.0, norms)
-        C = np.where(zero | zero[:, None], np.diag(zero.astype(np.float64)), G / unit / unit[:, None])
+        absent = zero[..., None, :] | zero[..., None]
+        largest = np.abs(G, where=absent, out=np.zeros_like(G)).max(axis=(-2, -1))
+        if (largest > _NOISE * squares.max(axis=-1)).any():
+            raise MTLWeightError(
+                f"{solver} expected a symmetric positive semidefinite Gramian, but found entries up to "
+                f"{largest.max():.3g} beside a squared length of {squares.min():.3g}. Pass J @ J.T."
+            )
+        C = np.where(absent, np.eye(m), G / (unit[..., None, :] * unit[..., None]))
     else:
         norms = np.sqrt(squares)
-        C = G / (norms * norms[:, None])
-    difference = C - C.T
+        C = G / (norms[..., None, :] * norms[..., None])
+    difference = C - C.swapaxes(-2, -1)
     asymmetry = difference.max() if np.vdot(difference, difference) else 0.0
     if asymmetry > 0.0:
-        C = (C + C.T) / 2
+        C = (C + C.swapaxes(-2, -1)) / 2
     lowest = 0.0
     try:
-        pivots = np.linalg.cholesky(ridged(C)).diagonal()
+        pivots = np.linalg.cholesky(ridged(C)).diagonal(0, -2, -1)
     except np.linalg.LinAlgError:
+        if G.ndim > 2:  # which of them it is, only each by itself can tell
+            parts = zip(*(rows_of(one, solver) for one in G.reshape(-1, m, m)), strict=True)
+            return Rows(*(np.stack(part).reshape(*G.shape[:-2], *part[0].shape) for part in parts))
         values, vectors = eigen(C)
-        lowest, pivots = float(values[0]), np.zeros(1)
+        lowest, pivots = float(values[0]), np.zeros(m)
         C = (vectors * np.maximum(values, 0.0)) @ vectors.T
+        lengths = np.sqrt(C.diagonal())
+        C /= lengths * lengths[:, None]
     if asymmetry > _NOISE or lowest < -_NOISE:
         raise MTLWeightError(
             f"{solver} expected a symmetric positive semidefinite Gramian, but found, after scaling its rows to length "
@@ -113,8 +131,31 @@ def all_finite(values: Array) -> bool:
 def ridged(C: Array, ridge: float = RIDGE) -> Array:
     """`C` with `ridge` added to its diagonal."""
     H = C.copy()
-    H.reshape(-1)[:: len(H) + 1] += ridge
+    H.reshape(*C.shape[:-2], -1)[..., :: C.shape[-1] + 1] += ridge
     return H
+
+
+def times(C: Array, y: Array) -> Array:
+    """The product of a matrix and a vector, or of each in a stack."""
+    return np.asarray((C @ y[..., None])[..., 0], dtype=np.float64)
+
+
+def solved(rows: Rows, ones: Array, dependent: Callable[[Array, Array], Array]) -> Array:
+    """`y` with `C y = ones`, in a stack of Gramians for each by itself; by `dependent` where rows depend on each other.
+
+    Args:
+        rows: What is solved for.
+        ones: The right side, 0 for zero rows.
+        dependent: Answers cosines, `[k, m, m]`, and right sides, `[k, m]`, to which the answer may not be unique.
+    """
+    C = rows.cosines
+    sure = rows.pivots.min(axis=-1) > _INDEPENDENT
+    if sure.all():
+        return np.asarray(np.linalg.solve(C, ones[..., None])[..., 0], dtype=np.float64)
+    y = np.empty_like(ones)
+    y[sure] = np.linalg.solve(C[sure], ones[sure][..., None])[..., 0]
+    y[~sure] = dependent(C[~sure], ones[~sure])
+    return y
 
 
 def eigen(C: Array) -> tuple[Array, Array]:

@@ -117,6 +117,6 @@ def test_the_gramian_is_not_changed():
 
 
 def test_an_answer_above_the_residual_is_withheld(monkeypatch):
-    monkeypatch.setattr("mtlweight.solvers._conflict_free.eigen", lambda C: (np.ones(len(C)), np.eye(len(C))))
+    monkeypatch.setattr("mtlweight.solvers._conflict_free.eigen", lambda C: (np.ones(C.shape[:-1]), np.eye(3) + 0 * C))
     with pytest.raises(SolverError, match=r"conflict_free expected .* stopped at 0\.\d+ \(m=3\)"):
         conflict_free(np.array([[1.0, 1.0, 0.5], [1.0, 1.0, 0.5], [0.5, 0.5, 1.0]]))

@@ -134,6 +134,6 @@ def test_the_gramian_is_not_changed():
 
 
 def test_an_answer_above_the_residual_is_withheld(monkeypatch):
-    monkeypatch.setattr("mtlweight.solvers._equal_projection._solve", lambda *_: (np.arange(1.0, 4.0), 1.0))
+    monkeypatch.setattr("mtlweight.solvers._equal_projection.solved", lambda *_: np.arange(1.0, 4.0))
     with pytest.raises(SolverError, match=r"equal_projection expected .* stopped at 0\.\d+ \(m=3\)"):
         equal_projection(np.diag([1.0, 4.0, 9.0]))
