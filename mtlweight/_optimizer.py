@@ -89,6 +89,7 @@ class _Record:
     dropped: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     broken: dict[str, str] = field(default_factory=dict)
+    uses: Counter[str] = field(default_factory=Counter)
     capture: Capture | None = None
 
 
@@ -431,6 +432,7 @@ class MultiTaskOptimizer(Optimizer):
             processes=None if r.processes is None else r.processes.active,
             stamp={"step": r.step, "seed": r.seed, "tasks": r.tasks},
             broken=r.broken,
+            uses=r.uses,
             warn=self._fall_back,
         )
 

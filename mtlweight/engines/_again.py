@@ -34,6 +34,28 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     return restore
 
 
+def as_written(losses: Any) -> Any:
+    """Losses whose callables run without compiled code, so that all their evaluations draw the same masks.
+
+    Compiled code has no forward derivative, or drops it without a word, and has no second derivative. For as long as a
+    call lasts, other threads do without it too.
+
+    Args:
+        losses: a callable, or a list of these; anything else is returned as it is.
+    """
+    if isinstance(losses, (list, tuple)):
+        return [as_written(each) for each in losses]
+    if not callable(losses) or isinstance(losses, Tensor) or torch.compiler.is_compiling():
+        return losses
+    call: Callable[[], Any] = losses
+
+    def run() -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return call()
+
+    return run
+
+
 def look_again(losses: Any, plan: Plan, rewind: Callable[[], None], tasks: tuple[str, ...]) -> Given:
     """The losses of the same batch at the present parameters, without a graph.
 

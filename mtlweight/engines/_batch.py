@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from mtlweight._statistics import all_finite, cast, row_sizes, statistics_dtype,
 from mtlweight._view import Needs, State, View, expect_samples
 from mtlweight._weighting import Level, ReferenceUse, Weighting, wrong_shape
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
+from mtlweight.engines._confirm import DISAGREES, confirmed, due
 from mtlweight.engines._grad import explain
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import Pairs, inject_known
@@ -54,6 +56,7 @@ class Plan:
         processes: those whose batches count as one, if there are several.
         stamp: what is the same in all of them, by name.
         broken: engines that have fallen back before, with the cause.
+        uses: how often each engine has measured alignments.
         warn: called with an engine's name and the cause at each fallback.
     """
 
@@ -76,6 +79,7 @@ class Plan:
     processes: Processes | None
     stamp: Mapping[str, Any]
     broken: Mapping[str, str]
+    uses: Counter[str]
     warn: Callable[[str, str], None]
     used: list[str] = field(default_factory=list)
 
@@ -160,6 +164,11 @@ class Plan:
     def alignment_engine(self) -> str:
         """The engine for alignments."""
         return self.engine if self.engine in ALIGNMENT_ENGINES else "auto"
+
+    def confirm(self, engine: str) -> bool:
+        """Counts a use of the engine, and says whether to confirm what it finds."""
+        self.uses[engine] += 1
+        return due(self.uses[engine])
 
     def called(self, parameter: Tensor) -> str:
         """What messages call a parameter."""
@@ -509,6 +518,9 @@ class Batch:
             if cause is None:
                 try:
                     engine, values = "pullback", pullback.alignment(losses, parameters, tangents)
+                    if plan.confirm(engine) and not confirmed(losses, parameters, tangents, values.unbind()):
+                        values = None
+                        raise RuntimeError(DISAGREES)
                 except RuntimeError as error:
                     cause = forward.cause(error)
             if values is None:

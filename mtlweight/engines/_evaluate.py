@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
@@ -35,25 +32,6 @@ def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) ->
         return Batch(plan.named(losses), plan, known)
     if plan.capture is not None:
         plan.capture.clear()
-    with as_written(known is not None, plan):
-        return _run(losses, known, plan)
-
-
-def as_written(compare: bool, plan: Plan) -> contextlib.AbstractContextManager[Any]:
-    """Within it nothing runs compiled, if alignments are to be had by forward derivatives, or second ones.
-
-    Compiled code has no forward derivative, or drops it without a word, and has no second one.
-
-    Args:
-        compare: whether there is anything to compare with.
-        plan: how to measure.
-    """
-    needed = compare and Needs.ALIGNMENT in plan.needs and plan.alignment_engine in ("auto", "forward", "pullback")
-    loaded = "torch._dynamo" in sys.modules  # else nothing is compiled, and it would take a second to load
-    return torch.compiler.set_stance("force_eager") if needed and loaded else contextlib.nullcontext()
-
-
-def _run(losses: Callable[[], Any], known: Callable[[], Reference] | None, plan: Plan) -> Batch:
     if known is None or Needs.ALIGNMENT not in plan.needs or plan.alignment_engine not in ("auto", "forward"):
         return Batch(plan.named(losses()), plan, known)
     parameters = known().parameters
@@ -70,7 +48,9 @@ def _run(losses: Callable[[], Any], known: Callable[[], Reference] | None, plan:
         plan.warn("forward", plan.broken["forward"])
         return Batch(plan.named(losses()), plan, known)
     try:
-        present, aligned = forward.losses_and_tangents(losses, plan.named, plan.modules, names, parameters, tangents)
+        present, aligned = forward.losses_and_tangents(
+            losses, plan.named, plan.modules, names, parameters, tangents, confirm=plan.confirm("forward")
+        )
     except RuntimeError as error:
         # An error of the user's own is raised here again, as it is.
         batch = Batch(plan.named(losses()), plan, known)

@@ -35,6 +35,11 @@ _CUDA_GRAPHS = (
     "'max-autotune-no-cudagraphs', or options={'triton.cudagraphs': False}."
 )
 
+_CONDITION = (
+    "torch.cond has neither a forward nor a second derivative, and needs its compiler for the first: expected losses "
+    "without it, found some that use it. Use engine='rows', or an if in Python."
+)
+
 
 def explain(error: RuntimeError) -> None:
     """Raises what to do about an error of torch's that is known; returns for any other."""
@@ -87,6 +92,10 @@ def grad(
             _REPEATABLE.update(fresh)
     except RuntimeError as error:
         explain(error)
+        raise
+    except TypeError as error:
+        if any(node.name() == "CondAutogradOpBackward" for node in Backward(outputs).nodes):
+            raise MTLWeightError(_CONDITION) from error
         raise
     return found
 

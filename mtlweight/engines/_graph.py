@@ -45,10 +45,15 @@ class Backward:
         return list(found.values())
 
     @functools.cached_property
+    def dtypes(self) -> set[torch.dtype]:
+        """Those of the gradients, as far as they are real. Of a compiled model, only its ends are seen."""
+        passed = {each.dtype for node in self.nodes for each in getattr(node, "_input_metadata", ())}
+        return {each for each in passed | {output.dtype for output in self.outputs} if each.is_floating_point}
+
+    @property
     def narrow(self) -> bool:
-        """Whether gradients pass through float16. Of a compiled model, only its ends are seen."""
-        dtypes = {each.dtype for node in self.nodes for each in getattr(node, "_input_metadata", ())}
-        return torch.float16 in dtypes or any(output.dtype == torch.float16 for output in self.outputs)
+        """Whether gradients pass through float16."""
+        return torch.float16 in self.dtypes
 
     @property
     def compiled(self) -> set[type]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from mtlweight._weighting import Level
 from mtlweight.engines import _losses
 from mtlweight.engines._again import snapshot
 from mtlweight.engines._batch import Batch, Plan, Reference
-from mtlweight.engines._evaluate import as_written, evaluated
+from mtlweight.engines._evaluate import evaluated
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import inject_known
 from mtlweight.engines._range import gradient, wide
@@ -49,7 +48,6 @@ class MicroBatches(Batch):
         self._plans = plan.split(len(parts))
         self._rewind = snapshot(plan.modules)
         compare = alignment is None and reference is not None and Needs.ALIGNMENT in plan.needs
-        self._as_at_first = functools.partial(as_written, compare, plan)
         losses: list[dict[str, Tensor]] = []
         aligned: list[dict[str, Tensor]] = []
         for closure, each in zip(self._closures, self._plans, strict=True):
@@ -143,8 +141,7 @@ class MicroBatches(Batch):
         self._rewind()
         starts = itertools.accumulate(self._sizes, initial=0)
         for closure, plan, start, size in zip(self._closures, self._plans, starts, self._sizes, strict=False):
-            with self._as_at_first():  # compiled code draws other masks
-                losses = {task: loss for task, loss in plan.named(closure()).items() if task in self._losses}
+            losses = {task: loss for task, loss in plan.named(closure()).items() if task in self._losses}
             for task, loss in losses.items():
                 first = self._losses[task][start : start + size]
                 if loss.shape != first.shape or not torch.allclose(

@@ -12,7 +12,7 @@ from torch import Tensor
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs
 from mtlweight.engines import _ahead, _losses
-from mtlweight.engines._again import snapshot
+from mtlweight.engines._again import as_written, snapshot
 from mtlweight.engines._batch import Batch, Plan, Reference
 from mtlweight.engines._evaluate import evaluated
 from mtlweight.engines._graph import Backward
@@ -56,6 +56,8 @@ def _read(losses: Any, reference: Any, plan: Plan) -> Batch:
     # Where it is missing in some processes alone, these learn of it in the exchange of its gradient.
     expected = plan.processes is not None and (compared or bool(plan.outer))
     known = functools.cache(lambda: Reference(reference, plan)) if expected or reference is not None else None
+    if known is not None and compared and plan.alignment_engine in ("auto", "forward", "pullback"):
+        losses = as_written(losses)
     if known is not None and compared and plan.use is not None and plan.use.lookahead is not None:
         return _look_ahead(losses, reference, known, plan)
     if known is not None and (compared or plan.outer):

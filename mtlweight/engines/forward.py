@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import traceback
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from mtlweight.engines._again import snapshot
+from mtlweight.engines._confirm import DISAGREES, confirmed
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._tangents import RULES
 
@@ -76,6 +78,8 @@ def losses_and_tangents(
     names: Mapping[int, Sequence[str]],
     parameters: Sequence[Tensor],
     tangents: Sequence[Tensor],
+    *,
+    confirm: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Runs the closure with dual parameters ``p + ε g``: each loss is ``ℓ + ε <∇ℓ, g>``.
 
@@ -89,13 +93,15 @@ def losses_and_tangents(
         names: what :func:`names` says of the modules.
         parameters: the point.
         tangents: ``g``, one tensor a parameter.
+        confirm: whether to compare the sum of the derivatives with a backward's.
 
     Returns:
         tuple: the present tasks' losses, and their derivatives in the direction ``g``.
 
     Raises:
         RuntimeError: torch's own, for an operator without a forward derivative; or because the closure got hold of a
-            parameter without asking its module. Buffers and random state are as before the call.
+            parameter without asking its module, or ``confirm`` found another sum. Buffers and random state are as
+            before the call.
     """
     _load_formulas()
     module = _Closure(modules, closure)
@@ -114,15 +120,13 @@ def losses_and_tangents(
                 # Torch would notice in the backward: the second forward has no dual numbers, and saves fewer tensors.
                 raise RuntimeError("activation checkpointing recomputes without forward derivatives")
             losses = named(returned)
-            graph = Backward(losses.values())
-            for p in graph.bypassed(duals):  # its derivative would be missing
+            for p in Backward(losses.values()).bypassed(duals):  # its derivative would be missing
                 raise RuntimeError(f"a parameter of shape {list(p.shape)} is used outside model= and shared=")
             parts = {task: _split(loss) for task, loss in losses.items()}
-            for task, (_, tangent) in parts.items():
-                if tangent is None and any(leaf in duals for leaf in Backward([losses[task]]).leaves):
-                    raise RuntimeError(f"the forward derivative of the loss of task {task!r} was lost")
-            tangents_of = {t: torch.zeros_like(p) if g is None else g for t, (p, g) in parts.items()}
-            return {t: primal for t, (primal, _) in parts.items()}, tangents_of
+        primals, found = ({task: part[k] for task, part in parts.items()} for k in (0, 1))
+        if confirm and not confirmed([*primals.values()], parameters, tangents, [*found.values()]):
+            raise RuntimeError(DISAGREES)
+        return primals, found
     except RuntimeError:
         restore()
         raise
@@ -131,7 +135,7 @@ def losses_and_tangents(
 @functools.cache
 def _load_formulas() -> None:
     """Torch loads some forward formulas when first asked for one, and warns whoever asked of how it compiles them."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.suppress(ImportError):
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
         importlib.import_module("torch._decomp.decompositions_for_jvp")
 
@@ -169,6 +173,6 @@ def cause(error: BaseException) -> str:
     return f"{inside}: {sentence}" if inside else sentence
 
 
-def _split(loss: Tensor) -> tuple[Tensor, Tensor | None]:
+def _split(loss: Tensor) -> tuple[Tensor, Tensor]:
     primal, tangent = forward_ad.unpack_dual(loss)
-    return primal, tangent if tangent is None else tangent.detach()
+    return primal, torch.zeros_like(primal) if tangent is None else tangent.detach()

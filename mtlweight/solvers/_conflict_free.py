@@ -22,6 +22,8 @@ def conflict_free(gramian: Array) -> Solution:
     .. math::
         \max_i \frac{|(C (\mathbf{1} - C y))_i|}{(|C| (\mathbf{1} + |C| |y|))_i}
 
+    Of a step of zero it is zero.
+
     **Method.** The linear system :math:`C y = 1`, or an eigenvalue decomposition where rows depend on each other.
 
     **Degenerate input.** Where gradients depend on each other, the pseudo-inverse gives the cosines that are equal in

@@ -90,10 +90,13 @@ def rows_of(gramian: Array, solver: str, stacks: bool = False) -> Rows:
         unit = np.where(zero, 1.0, norms)
         absent = zero[..., None, :] | zero[..., None]
         largest = np.abs(G, where=absent, out=np.zeros_like(G)).max(axis=(-2, -1))
-        if (largest > _NOISE * squares.max(axis=-1)).any():
+        # |G_ij| <= sqrt(G_ii G_jj), of which G_ii is tiny: that is below either the one or the other.
+        if (largest > np.maximum(_NOISE * squares.max(axis=-1), TINY / _NOISE)).any():
+            if G.ndim > 2:
+                return _each(G, solver)
             raise MTLWeightError(
-                f"{solver} expected a symmetric positive semidefinite Gramian, but found entries up to "
-                f"{largest.max():.3g} beside a squared length of {squares.min():.3g}. Pass J @ J.T."
+                f"{solver} expected a symmetric positive semidefinite Gramian, but found entries up to {largest:.3g} "
+                f"beside a squared length of {squares.min():.3g}. Pass J @ J.T."
             )
         C = np.where(absent, np.eye(m), G / (unit[..., None, :] * unit[..., None]))
     else:
@@ -107,20 +110,28 @@ def rows_of(gramian: Array, solver: str, stacks: bool = False) -> Rows:
     try:
         pivots = np.linalg.cholesky(ridged(C)).diagonal(0, -2, -1)
     except np.linalg.LinAlgError:
-        if G.ndim > 2:  # which of them it is, only each by itself can tell
-            parts = zip(*(rows_of(one, solver) for one in G.reshape(-1, m, m)), strict=True)
-            return Rows(*(np.stack(part).reshape(*G.shape[:-2], *part[0].shape) for part in parts))
+        if G.ndim > 2:
+            return _each(G, solver)
         values, vectors = eigen(C)
         lowest, pivots = float(values[0]), np.zeros(m)
         C = (vectors * np.maximum(values, 0.0)) @ vectors.T
         lengths = np.sqrt(C.diagonal())
         C /= lengths * lengths[:, None]
     if asymmetry > _NOISE or lowest < -_NOISE:
+        if G.ndim > 2:
+            return _each(G, solver)
         raise MTLWeightError(
             f"{solver} expected a symmetric positive semidefinite Gramian, but found, after scaling its rows to length "
             f"one, an asymmetry of {asymmetry:.3g} and a lowest eigenvalue of {lowest:.3g}. Pass J @ J.T."
         )
     return Rows(norms, C, pivots)
+
+
+def _each(stack: Array, solver: str) -> Rows:
+    """One after the other, where all at once cannot tell which of them is to be mended or refused."""
+    found = [rows_of(stack[place], f"{solver}, at {list(place)},") for place in np.ndindex(stack.shape[:-2])]
+    parts = zip(*found, strict=True)
+    return Rows(*(np.stack(part).reshape(*stack.shape[:-2], *part[0].shape) for part in parts))
 
 
 def all_finite(values: Array) -> bool:

@@ -1,5 +1,6 @@
 """Compiled models: an engine gives what it gives for the eager model, or falls back, or says why it cannot."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -29,6 +30,8 @@ def afresh():
 
 
 RECIPE = Recipe(lambda: TwoTasks(nn.Sequential(nn.Linear(5, 4), nn.Sigmoid(), nn.Dropout(0.0)), 4), numbers(5))
+
+DROPPING = Recipe(lambda: TwoTasks(nn.Sequential(nn.Linear(5, 40), nn.Dropout(0.5), nn.Linear(40, 4)), 4), numbers(5))
 
 
 def compiled_problem(what="model", **options):
@@ -98,16 +101,37 @@ def test_a_step_is_that_of_the_eager_model_after_one_warning_for_each_engine_tha
         assert optimizer.report.alignment.any()
 
 
-def test_forward_runs_a_compiled_model_as_it_was_written_and_leaves_it_compiled_for_all_others():
-    counter = CompileCounterWithBackend("aot_eager")
-    p, _ = compiled_problem(backend=counter)
+@pytest.mark.parametrize("fails", [False, True])
+def test_forward_runs_a_compiled_model_as_it_was_written_and_leaves_it_compiled_for_all_others(fails):
+    runs = []
+
+    def backend(graph, _inputs):
+        def run(*arguments):
+            runs.append(1)
+            return graph.forward(*arguments)
+
+        return run
+
+    p, _ = compiled_problem(backend=backend)
     p.run(p.x)
-    before = counter.frame_count
+    assert len(runs) == 1
     optimizer = optimizer_of(p, SLGrad("left"))
-    train(p, optimizer)
-    assert optimizer.report.engine == "forward"
+    reference = p.reference()
+
+    def losses():
+        found = p.sample_losses()
+        if fails:
+            raise KeyError("the user's own")
+        return found
+
+    before = len(runs)
+    with pytest.raises(KeyError, match="own") if fails else contextlib.nullcontext():
+        optimizer.combine(losses, reference=reference).backward()
+        optimizer.step()
+        assert optimizer.report.engine == "forward"
+    assert len(runs) == before
     p.run(p.x)
-    assert before == counter.frame_count == 1
+    assert len(runs) == before + 1
 
 
 @pytest.mark.parametrize(
@@ -287,10 +311,7 @@ def test_both_passes_over_losses_in_parts_draw_the_same_masks_though_inductor_dr
     engine, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    dropping = Recipe(
-        lambda: TwoTasks(nn.Sequential(nn.Linear(5, 40), nn.Dropout(0.5), nn.Linear(40, 4)), 4), numbers(5)
-    )
-    p = problem(dropping)
+    p = problem(DROPPING)
     p.run = torch.compile(p.model, backend="inductor", options={"compile_threads": 1})
     optimizer = optimizer_of(p, SLGrad("left"), engine=engine)
     halves = slice(0, 3), slice(3, 6)
@@ -298,3 +319,27 @@ def test_both_passes_over_losses_in_parts_draw_the_same_masks_though_inductor_dr
     optimizer.combine(parts, reference=p.reference).backward()
     optimizer.step()
     assert optimizer.report.weights.shape == (2, 6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
+def test_all_that_is_evaluated_ahead_draws_the_masks_of_the_step_though_inductor_draws_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    dropping = Recipe(
+        lambda: TwoTasks(nn.Sequential(nn.Linear(5, 40), nn.Dropout(0.5), nn.Linear(40, 4)), 4), numbers(5)
+    )
+    p = problem(dropping)
+    p.run = torch.compile(p.model, backend="inductor", options={"compile_threads": 1})
+    for group in (optimizer := optimizer_of(p, SLGrad("left", lookahead=True, samples_at="ahead"))).param_groups:
+        group["lr"] = 1e-12
+    seen = []
+
+    def losses():
+        found = p.sample_losses()
+        seen.append(found["left"].detach())
+        return found
+
+    optimizer.combine(losses, reference=p.reference)
+    assert len(seen) == 3
+    assert close(seen[0], seen[1], 1e-6)
+    assert close(seen[0], seen[2], 1e-6)

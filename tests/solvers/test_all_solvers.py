@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from mtlweight import solvers
 from mtlweight._errors import MTLWeightError
@@ -54,6 +55,14 @@ def test_the_residual_is_kept_on_every_kind_of_input_and_scale(name, kind, data)
     weights, residual = SOLVERS[name](J @ J.T)
     assert np.isfinite(weights).all()
     assert 0.0 <= residual <= 1e-8
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@given(exponent=st.integers(-162, -140), data=st.data())
+def test_gradients_whose_squares_are_hardly_numbers_have_an_answer(name, exponent, data):
+    m = data.draw(st.integers(1, 5))
+    J = data.draw(arrays(np.float64, (m, 4), elements=st.floats(-1, 1, width=16))) * 10.0**exponent
+    assert np.isfinite(SOLVERS[name](J @ J.T).weights).all()
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -139,8 +148,9 @@ def test_a_solver_of_one_gramian_refuses_a_stack(name):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (np.array([[1.0, 2.0], [2.0, 1.0]]), "lowest eigenvalue of -1"),
-        (np.array([[1.0, 0.5], [0.0, 1.0]]), r"asymmetry of 0\.5"),
+        (np.array([[1.0, 2.0], [2.0, 1.0]]), r", at \[1\], .*lowest eigenvalue of -1"),
+        (np.array([[1.0, 0.5], [0.0, 1.0]]), r", at \[1\], .*asymmetry of 0\.5"),
+        (np.array([[0.0, 5.0], [5.0, 1.0]]), r", at \[1\], .*found entries up to 5 beside a squared length of 0"),
         (np.array([[1.0, np.inf], [np.inf, 1.0]]), "found 2 entries that are inf or nan"),
     ],
 )
