@@ -59,7 +59,7 @@ def conflict_free(gramian: Array) -> Solution:
           2408.11104, 2024, equations 2 and 3.
     """
     rows = rows_of(gramian, "conflict_free", stacks=True)
-    ones = np.where(rows.zero, 0.0, 1.0)
+    ones = (rows.norms > 0.0).astype(np.float64)
     C, y = rows.cosines, solved(rows, ones, _least_squares)
     projections = times(C, y)
     size = np.abs(C)

@@ -69,7 +69,7 @@ def equal_projection(gramian: Array, total: Literal["sum", "absolute"] = "sum") 
     """
     rows = rows_of(gramian, "equal_projection", stacks=True)
     C, m = rows.cosines, rows.cosines.shape[-1]
-    y = np.where(rows.zero, 0.0, 1.0)
+    y = (rows.norms > 0.0).astype(np.float64)
     kappa = y
     if m == 2:
         kappa = y * (1.0 + C[..., :1, 1])
@@ -81,7 +81,8 @@ def equal_projection(gramian: Array, total: Literal["sum", "absolute"] = "sum") 
     size = np.abs(w).sum(axis=-1, keepdims=True)
     scale = w.sum(axis=-1, keepdims=True) if total == "sum" else size
     weights = np.divide(w, scale, out=np.zeros_like(w), where=np.abs(scale) > _CANCELLED * size)
-    return Solution(np.where(rows.zero.all(axis=-1, keepdims=True), 1.0 / m, weights), residual)
+    weights[~size.any(axis=-1)] = 1.0 / m  # nothing but zero rows
+    return Solution(weights, residual)
 
 
 def _limit(C: Array, ones: Array) -> Array:
