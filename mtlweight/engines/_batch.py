@@ -517,10 +517,10 @@ class Batch:
             cause = plan.broken.get("pullback")
             if cause is None:
                 try:
-                    engine, values = "pullback", pullback.alignment(losses, parameters, tangents)
-                    if plan.confirm(engine) and not confirmed(losses, parameters, tangents, values.unbind()):
-                        values = None
+                    found = pullback.alignment(losses, parameters, tangents)
+                    if plan.confirm("pullback") and not confirmed(losses, parameters, tangents, found.unbind()):
                         raise RuntimeError(DISAGREES)
+                    engine, values = "pullback", found
                 except RuntimeError as error:
                     cause = forward.cause(error)
             if values is None:

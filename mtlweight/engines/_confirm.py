@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mtlweight._statistics import statistics_dtype
+from mtlweight.engines import rows
 from mtlweight.engines._graph import Backward
-from mtlweight.engines._range import dense, gradient, wide
+from mtlweight.engines._range import wide
 
 DISAGREES = "its derivatives are not those of a backward"
 _LEAST = 0.01
@@ -41,14 +42,10 @@ def confirmed(
         return True
     device = losses[0].device
     total = torch.stack([wide(loss).sum().to(device) for loss in losses]).sum()
-    graph = Backward([total])
-    pulled = gradient(total, inputs, keep_graph=True, narrow=graph.narrow)
-    pairs = [(wide(dense(v)).flatten(), g.flatten()) for v, g in zip(pulled, tangents, strict=True) if v is not None]
+    expected = float(rows.alignment([total], inputs, tangents))
     dtype = statistics_dtype(device)
-    products = [torch.dot(v, g.to(v)).to(device, dtype) for v, g in pairs]
-    expected = float(torch.stack(products).sum()) if products else 0.0
     values = torch.cat([each.flatten().to(device, dtype) for each in found])
     size = max(float(values.abs().sum()), abs(expected))
-    rounding = max(torch.finfo(each).eps for each in graph.dtypes)
+    rounding = max(torch.finfo(each).eps for each in Backward([total]).dtypes)
     # Written so that what is not finite passes: that is for others to judge.
     return not abs(float(values.sum()) - expected) > max(_LEAST, _ROUNDINGS * rounding) * size
