@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """A function that puts the modules' buffers and torch's random state back to what they are now."""
     owners = [owner for module in modules for owner in module.modules()]
-    buffers = [(owner, *named, named[1].clone()) for owner in owners for named in owner.named_buffers(recurse=False)]
+    named = [(owner, name, buffer) for owner in owners for name, buffer in owner._buffers.items() if buffer is not None]
+    buffers = [(owner, name, buffer, buffer.clone()) for owner, name, buffer in named]
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 

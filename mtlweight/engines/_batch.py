@@ -220,7 +220,7 @@ class Reference:
             # It may share its graph with the losses. And a compiled model whose first backward may free the graph
             # refuses later ones that keep it, which the rows need.
             self.narrow |= graph.narrow
-            found = gradient(loss, wanted, keep_graph=True, narrow=graph.narrow)
+            found = gradient(loss, wanted, keep_graph=True, narrow=graph.narrow, check=bool(graph.compiled))
             for p, g in zip(wanted, found, strict=True):
                 if g is not None:
                     term = wide(dense(g)) if share == 1 else share * wide(dense(g))
@@ -453,8 +453,11 @@ class Batch:
         """
         stacked = self._stacked
         means = self.shares() if stacked.ndim == 2 else self.means
-        plain = stacked if means is None else (means.to(stacked.dtype) * stacked).reshape(len(stacked), -1).sum(dim=1)
-        value = plain.detach().sum()
+
+        def plain(losses: Tensor) -> Tensor:
+            return losses if means is None else (means.to(losses.dtype) * losses).reshape(len(losses), -1).sum(dim=1)
+
+        value = plain(stacked.detach()).sum()
         rows = self._rows
         if writes == "entry" or (writes == "task" and rows is not None and rows.coefficients is None):
             if rows is None:
@@ -467,10 +470,10 @@ class Batch:
                 raise wrong_shape(self._plan.weighting, f"shape {[len(weights), n]}", list(weights.shape))
             scalar = rows.combined(value, weights, writes, self._plan.heads)
         else:
-            terms = plain if writes == "task" else stacked
-            total = cast(weights, terms.dtype).flatten() @ terms.flatten()
+            terms = plain(stacked) if writes == "task" else stacked
+            total = torch.dot(cast(weights, terms.dtype).flatten(), terms.flatten())
             if self._plan.heads == "unweighted" and self._plan.shared is not None:
-                scalar = inject_known(value, self._inner(self._two_backwards(total, plain.sum())))
+                scalar = inject_known(value, self._inner(self._two_backwards(total, plain(stacked).sum())))
             elif self._plan.outer:
                 graph = Backward([total])
                 inner = [p for p, _ in self._inner([(p, None) for p in graph.leaves])]
@@ -478,7 +481,8 @@ class Batch:
                 found = gradient(total, inner, keep_graph=keep, narrow=graph.narrow)
                 scalar = inject_known(value, list(zip(inner, found, strict=True)))
             else:
-                scalar = value + (total - total.detach())
+                scalar = total
+                scalar.detach().copy_(value)  # of the total its graph alone is of use
         scalar = self._with_learnt(scalar, value)
         return scalar if penalty is None else scalar + (penalty - penalty.detach()).to(scalar.device)
 

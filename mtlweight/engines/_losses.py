@@ -132,10 +132,12 @@ def shares(losses: Tensor, tasks: Sequence[str], masks: Masks) -> Tensor | None:
     """The coefficients of the tasks' means, ``[m, b]``; ``None`` for scalar losses."""
     if losses.ndim == 1:
         return None
-    everyone = torch.ones(losses.shape[1], dtype=torch.bool, device=losses.device)
-    labelled = torch.stack([masks.get(task, everyone).to(losses.device) for task in tasks])
-    values = labelled.to(statistics_dtype(losses.device))
-    return values / values.sum(dim=1, keepdim=True)
+    even = torch.full_like(losses, 1 / losses.shape[1], dtype=statistics_dtype(losses.device))
+    if not masks:
+        return even
+    everyone = torch.ones_like(even[0])
+    labelled = torch.stack([masks.get(task, everyone).to(everyone) for task in tasks])
+    return labelled / labelled.sum(dim=1, keepdim=True)
 
 
 def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

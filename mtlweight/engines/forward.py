@@ -66,8 +66,8 @@ def names(modules: Sequence[nn.Module]) -> dict[int, list[str]]:
     seen: set[nn.Module] = set()
     for i, module in enumerate(modules):
         for prefix, part in module.named_modules(seen, f"owned.{i}"):
-            for name, parameter in part.named_parameters(prefix, recurse=False, remove_duplicate=False):
-                found.setdefault(id(parameter), []).append(name)
+            for name, parameter in part._parameters.items():  # named_parameters takes ten times as long
+                found.setdefault(id(parameter), []).append(f"{prefix}.{name}")
     return found
 
 

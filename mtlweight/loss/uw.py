@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mtlweight._checks import nonnegative
@@ -71,4 +70,4 @@ class UW(Weighting):
         losses = nonnegative("UW", view)
         s = view.gather(state["log_variance"], self.initial)
         stepped = implicit_step(s, losses, self.step_size)
-        return torch.exp(-s), {"log_variance": view.scatter(state["log_variance"], stepped)}
+        return s.neg().exp_(), {"log_variance": view.scatter(state["log_variance"], stepped)}
