@@ -2,9 +2,10 @@
 
 from mtlweight.engines._accumulate import Accumulation
 from mtlweight.engines._again import look_again, snapshot
-from mtlweight.engines._batch import ENGINES, Batch, Plan
+from mtlweight.engines._batch import Batch
 from mtlweight.engines._losses import deferred
 from mtlweight.engines._parts import Parts, called, parameters, parts
+from mtlweight.engines._plan import ENGINES, Plan
 from mtlweight.engines._precision import full_precision
 from mtlweight.engines._processes import Processes, local
 from mtlweight.engines._read import read

@@ -13,7 +13,7 @@ from mtlweight.engines import _losses
 from mtlweight.engines._processes import Layout
 
 if TYPE_CHECKING:
-    from mtlweight.engines._batch import Plan
+    from mtlweight.engines._plan import Plan
 
 
 def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:

@@ -10,9 +10,11 @@ from torch import Tensor
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs
 from mtlweight.engines import forward
-from mtlweight.engines._batch import Batch, Plan, Reference, main_scope
+from mtlweight.engines._batch import Batch
 from mtlweight.engines._graph import Backward
+from mtlweight.engines._plan import Plan
 from mtlweight.engines._range import restored, unit
+from mtlweight.engines._reference import Reference, main_scope
 
 
 def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) -> Batch:

@@ -14,10 +14,12 @@ from mtlweight._statistics import statistics_dtype
 from mtlweight._view import Needs, View
 from mtlweight._weighting import Level
 from mtlweight.engines import _losses
-from mtlweight.engines._batch import Batch, Plan, Reference
+from mtlweight.engines._batch import Batch
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import inject_known
+from mtlweight.engines._plan import Plan
 from mtlweight.engines._processes import Layout, Processes, sharded
+from mtlweight.engines._reference import Reference
 from mtlweight.engines._rows import Rows
 
 

@@ -16,11 +16,13 @@ from mtlweight._view import Needs
 from mtlweight._weighting import Level
 from mtlweight.engines import _losses
 from mtlweight.engines._again import snapshot
-from mtlweight.engines._batch import Batch, Plan, Reference
+from mtlweight.engines._batch import Batch
 from mtlweight.engines._evaluate import evaluated
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import inject_known
+from mtlweight.engines._plan import Plan
 from mtlweight.engines._range import gradient, wide
+from mtlweight.engines._reference import Reference
 from mtlweight.engines._rows import Rows
 
 

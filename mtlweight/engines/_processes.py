@@ -15,7 +15,7 @@ from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._statistics import statistics_dtype
 
 if TYPE_CHECKING:
-    from mtlweight.engines._batch import Plan
+    from mtlweight.engines._plan import Plan
 
 T = TypeVar("T")
 

@@ -13,13 +13,15 @@ from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs
 from mtlweight.engines import _ahead, _losses
 from mtlweight.engines._again import as_written, snapshot
-from mtlweight.engines._batch import Batch, Plan, Reference
+from mtlweight.engines._batch import Batch
 from mtlweight.engines._evaluate import evaluated
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._joined import Joined
 from mtlweight.engines._micro import MicroBatches
+from mtlweight.engines._plan import Plan
 from mtlweight.engines._processes import expect_whole
 from mtlweight.engines._range import gradient
+from mtlweight.engines._reference import Reference
 
 
 def read(losses: Any, reference: Any, plan: Plan) -> Batch:

@@ -1,0 +1,124 @@
+"""The gradient that others are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtlweight._errors import MTLWeightError, NonFiniteError
+from mtlweight._statistics import all_finite, statistics_dtype
+from mtlweight._view import Needs
+from mtlweight._weighting import ReferenceUse
+from mtlweight.engines import _losses
+from mtlweight.engines._graph import Backward
+from mtlweight.engines._plan import Plan
+from mtlweight.engines._range import dense, gradient, wide
+
+
+class Reference:
+    """The gradient of the reference objective, computed once.
+
+    Args:
+        objective: the reference as the user gave it; of several objectives one is evaluated at a time.
+        plan: says over which parameters.
+    """
+
+    def __init__(self, objective: Any, plan: Plan) -> None:
+        use = plan.use or ReferenceUse()
+        trainable = {id(p) for p in plan.trainable}
+        outer = {id(p) for p in plan.outer}
+        shared: set[int] = set()
+        if plan.use is not None or Needs.ALIGNMENT in plan.weighting.needs:  # else the outer parameters alone learn
+            shared = trainable if use.scope == "all" else {id(p) for p in plan.shared_for("the alignment")}
+        allowed = shared | trainable if use.scope == "main" and shared else shared
+        total: dict[Tensor, Tensor] = {}
+        self.narrow = False
+
+        def add(share: float, loss: Tensor) -> None:
+            graph = Backward([loss])
+            wanted = [p for p in graph.leaves if use.learn or id(p) in allowed or id(p) in outer]
+            if graph.reentrant:
+                raise MTLWeightError(
+                    "Reentrant activation checkpointing hides parameters from the graph: no gradient can be asked for. "
+                    "Expected checkpoint(..., use_reentrant=False), found use_reentrant=True. Change it."
+                )
+            # It may share its graph with the losses. And a compiled model whose first backward may free the graph
+            # refuses later ones that keep it, which the rows need.
+            self.narrow |= graph.narrow
+            found = gradient(loss, wanted, keep_graph=True, narrow=graph.narrow, check=bool(graph.compiled))
+            for p, g in zip(wanted, found, strict=True):
+                if g is not None:
+                    term = wide(dense(g)) if share == 1 else share * wide(dense(g))
+                    total[p] = total[p] + term if p in total else term
+
+        def gradients() -> dict[Tensor, Tensor]:
+            self.by_name = _losses.visit(objective, add, use.main)
+            return total
+
+        own = total
+        if plan.processes is None:
+            gradients()
+        else:  # the parameters get their own, for whoever averages gradients, and all compare with the mean
+            every = dict.fromkeys([*plan.trainable, *(plan.shared or []), *plan.outer])
+            total = plan.processes.averaged(gradients, [p for p in every if id(p) in allowed or id(p) in outer])
+        self.outer = [(p, g) for p, g in own.items() if id(p) in outer]
+        self.learnt = [(p, g) for p, g in own.items() if id(p) not in outer] if use.learn else []
+        self._all = total
+        self.parameters = [p for p in total if id(p) in allowed]
+        self.tangents = [total[p] for p in self.parameters]
+        if shared and not any(id(p) in shared for p in self.parameters):
+            wanting, through = (
+                ("parameter of the optimizer", "with the optimizer's")
+                if use.scope == "all"
+                else ("shared parameter", "through the shared")
+            )
+            raise MTLWeightError(
+                f"No {wanting} is in the reference's graph: expected the reference to be computed {through} "
+                "parameters, found other parameters only. Use the same model for losses and reference."
+            )
+        if outer and not any(id(p) in outer for p in total):
+            raise MTLWeightError(
+                "No parameter of outer=... is in the reference's graph: expected the reference to be computed with the "
+                "outer parameters, found others only. Use the same model for losses and reference."
+            )
+        if use.ema:
+            self.tangents = self._averaged(use.ema, plan)
+        if use.unit:
+            dtype = statistics_dtype(self.tangents[0].device)  # squares of small numbers are 0 in float32
+            norm = torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in self.tangents]).norm()
+            self.tangents = [g / torch.where(norm > 0, norm, 1.0).to(g.dtype) for g in self.tangents]
+
+    def expect_finite(self, plan: Plan) -> None:
+        """Raises if the reference is to blame for an alignment that is not finite."""
+        pairs = [*zip(self.parameters, self.tangents, strict=True), *self._all.items()]
+        if not all_finite([g for _, g in pairs]):
+            bad = next(p for p, g in pairs if not g.isfinite().all())
+            raise NonFiniteError(
+                "The gradient of the reference is not finite: expected finite numbers, found NaN or infinity for "
+                f"{plan.called(bad)}. Look at the held-out batch and its loss."
+            )
+
+    def _averaged(self, decay: float, plan: Plan) -> list[Tensor]:
+        """``v ← decay·v + (1 - decay)·g`` for each parameter, by its position; the first gradient starts it."""
+        names = {p: str(k) for k, p in enumerate(dict.fromkeys([*plan.every, *(plan.shared or [])]))}
+        known: Any = plan.memory.get("reference", {})
+        averages = {}
+        for p, g in zip(self.parameters, self.tangents, strict=True):
+            old = known.get(names[p])
+            averages[names[p]] = g if old is None else decay * old.to(g) + (1 - decay) * g
+        plan.memory["reference"] = {**known, **averages}
+        return [*averages.values()]
+
+
+def main_scope(
+    plan: Plan, losses: dict[str, Tensor], parameters: list[Tensor], tangents: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that are shared or that the main task's loss reaches."""
+    mains = plan.use.main if plan.use is not None else ()
+    allowed = {id(p) for p in plan.shared or []} | {
+        id(p) for p in Backward(losses[t] for t in mains if t in losses).leaves
+    }
+    kept = [(p, g) for p, g in zip(parameters, tangents, strict=True) if id(p) in allowed]
+    return [p for p, _ in kept], [g for _, g in kept]
