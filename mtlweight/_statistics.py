@@ -106,7 +106,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     # values are finite, and then the largest value decides.
     if all(tensor.is_cpu and _is_finite(tensor) for tensor in tensors):
         return True
-    return any(bool(nn.utils.get_total_norm(tensors, p).isfinite()) for p in (2.0, torch.inf))
+    some = [tensor for tensor in tensors if tensor.numel()]  # torch takes no largest value of none
+    return any(bool(nn.utils.get_total_norm(some, p).isfinite()) for p in (2.0, torch.inf))
 
 
 def _is_short(tensor: Tensor) -> bool:

@@ -70,15 +70,19 @@ def step(optimizer: Optimizer, gradients: Gradients) -> None:
         function = inspect.unwrap(function, stop=lambda f: not getattr(f, "hooked", False))
     parameters = _parameters(optimizer)
     own = [p.grad for p in parameters]
+    hooks = {name: value for name, value in vars(optimizer).items() if name in _HOOKS}
+    vars(optimizer).update({name: type(value)() for name, value in hooks.items()})  # a step may call another's
     try:
         for p in parameters:
             p.grad = gradients.get(p)
         function(optimizer)
     finally:
+        vars(optimizer).update(hooks)
         for p, gradient in zip(parameters, own, strict=True):
             p.grad = gradient
 
 
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 _OPTIONAL = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
 
 

@@ -116,6 +116,7 @@ class Batch:
     def _gradients(self, coefficients: Tensor | None) -> Rows:
         if self._rows is None or self._rows.coefficients is not coefficients:
             shared = self._plan.shared_for("gradients")
+            self._plan.expect_real(shared)
             self._rows = self._measure(shared, coefficients, self._plan.gradient_engine)
             if not self._rows.reached:
                 raise MTLWeightError(

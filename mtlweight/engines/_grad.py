@@ -35,6 +35,10 @@ _CUDA_GRAPHS = (
     "'max-autotune-no-cudagraphs', or options={'triton.cudagraphs': False}."
 )
 
+_SPARSE = (
+    "Sparse gradients have no vectorised backward: expected dense ones, found those of Embedding(sparse=True) or the "
+    "like. Use engine='rows'."
+)
 _CONDITION = (
     "torch.cond has neither a forward nor a second derivative, and needs its compiler for the first: expected losses "
     "without it, found some that use it. Use engine='rows', or an if in Python."
@@ -50,6 +54,22 @@ def explain(error: RuntimeError) -> None:
         raise MTLWeightError(_DONATED) from error
     if "CUDAGraphs that has been overwritten" in text:
         raise MTLWeightError(_CUDA_GRAPHS) from error
+    if "'Sparse" in text and "backend" in text:
+        raise MTLWeightError(_SPARSE) from error
+
+
+@contextlib.contextmanager
+def unhooked(inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Within the context no hooks of leaves run, since they will on what the backward of the step brings the leaf."""
+    hooks = [x._backward_hooks for x in inputs if x.is_leaf and x._backward_hooks]
+    kept = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()  # not replaced: autograd has a reference
+    try:
+        yield
+    finally:
+        for each, own in zip(hooks, kept, strict=True):
+            each.update(own)
 
 
 def grad(
@@ -59,6 +79,7 @@ def grad(
     *,
     retain_graph: bool = False,
     check: bool = True,
+    hooks: bool = False,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """The gradients, ``None`` for inputs that no output depends on.
@@ -72,6 +93,7 @@ def grad(
         cotangents: gradients that come in.
         retain_graph: whether the graph is needed again.
         check: whether a compiled model may be in the graph.
+        hooks: whether those of leaves run.
         options: ``torch.autograd.grad``'s.
 
     Raises:
@@ -79,7 +101,10 @@ def grad(
     """
 
     def run() -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True, **options)
+        with contextlib.nullcontext() if hooks else unhooked(inputs):
+            return torch.autograd.grad(
+                outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True, **options
+            )
 
     if not inputs:
         return ()
@@ -117,6 +142,7 @@ def vectorized(engine: str, outputs: Sequence[Tensor]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        explain(error)
         if not Backward(outputs).compiled:
             raise
         raise MTLWeightError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -186,3 +186,13 @@ class Plan:
             )
         expect_whole(self.trainable, f"{self.name} reads {what}")
         return self.shared
+
+    def expect_real(self, parameters: Iterable[Tensor]) -> None:
+        """Raises if gradients of a complex parameter would be compared."""
+        for p in parameters:
+            if p.is_complex():
+                raise MTLWeightError(
+                    f"{self.name} compares gradients: expected real parameters, found {self.called(p)}, which is "
+                    "complex. Keep its real and imaginary parts in a real parameter of shape [..., 2], and use "
+                    "torch.view_as_complex(parameter)."
+                )

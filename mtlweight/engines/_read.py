@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
+from mtlweight._statistics import all_finite
 from mtlweight._view import Needs
 from mtlweight.engines import _ahead, _losses
 from mtlweight.engines._again import as_written, snapshot
@@ -19,7 +20,7 @@ from mtlweight.engines._graph import Backward
 from mtlweight.engines._joined import Joined
 from mtlweight.engines._micro import MicroBatches
 from mtlweight.engines._plan import Plan
-from mtlweight.engines._processes import expect_whole
+from mtlweight.engines._processes import expect_whole, local
 from mtlweight.engines._range import gradient
 from mtlweight.engines._reference import Reference
 
@@ -77,23 +78,20 @@ def _look_ahead(losses: Any, reference: Any, known: Callable[[], Reference], pla
             )
     lookahead = plan.use.lookahead if plan.use is not None else None
     present = snapshot(plan.modules)
-    trial = _plain(losses, None, replace(plan, outer=[]))  # these have no gradient before the reference's
-    # Losses that are not finite are for the step itself to judge: they take no part in the one ahead.
-    trial = trial.without([task for task, loss in trial.graphs.items() if not bool(loss.isfinite().all())])
-    gradients: dict[Tensor, Tensor | None] = {}
-    if trial.tasks:
-        view = plan.view(trial)
-        weights = plan.weighting.ahead(view, plan.weighting.init(view) if plan.state is None else plan.state)
-        scalar = trial.combined(weights, "task" if weights.ndim == 1 else "sample")
-        outer = {id(p) for p in plan.outer}
-        inner = [p for p in plan.trainable if id(p) not in outer]
 
-        def own() -> dict[Tensor, Tensor | None]:
-            found = gradient(scalar, inner, keep_graph=False, narrow=Backward([scalar]).narrow)
-            return dict(zip(inner, found, strict=True))
+    def trial() -> Batch:
+        batch = _plain(losses, None, replace(plan, outer=[]))  # these have no gradient before the reference's
+        # Losses that are not finite are for the step itself to judge: they take no part in the one ahead.
+        return batch.without([task for task, loss in batch.graphs.items() if not bool(loss.isfinite().all())])
 
-        found = own() if plan.processes is None else plan.processes.averaged(own, inner)
-        gradients = {p: None if g is None else g.to(p.dtype) for p, g in found.items()}
+    gradients = _gradients_ahead(trial(), plan)
+    if not _finite(gradients):  # neither do tasks with such a gradient
+        present()
+        every = trial()
+        alone = {task: every.without([other for other in every.tasks if other != task]) for task in every.tasks}
+        bad = [task for task, batch in alone.items() if not _finite(_gradients_ahead(batch, plan, keep=True))]
+        present()
+        gradients = _gradients_ahead(trial().without(bad), plan)
     if lookahead == "stay":
         _ahead.step(plan.optimizer, gradients)
         known()
@@ -105,9 +103,31 @@ def _look_ahead(losses: Any, reference: Any, known: Callable[[], Reference], pla
         present()
         if lookahead == "both":
             there = _evaluated(losses, known, plan)
-            aligned = dict(zip(there.tasks, there.alignment().unbind(), strict=True))
+            aligned = there._aligned or there._align()  # whether they are finite is for the step to judge, too
     present()
     return _evaluated(losses, known, plan) if aligned is None else _plain(losses, known, plan, aligned)
+
+
+def _gradients_ahead(trial: Batch, plan: Plan, *, keep: bool = False) -> dict[Tensor, Tensor | None]:
+    """What the optimizer would step along, with the weights that the weighting has for it."""
+    if not trial.tasks:
+        return {}
+    view = plan.view(trial)
+    weights = plan.weighting.ahead(view, plan.weighting.init(view) if plan.state is None else plan.state)
+    scalar = trial.combined(weights, "task" if weights.ndim == 1 else "sample")
+    outer = {id(p) for p in plan.outer}
+    inner = [p for p in plan.trainable if id(p) not in outer]
+
+    def own() -> dict[Tensor, Tensor | None]:
+        found = gradient(scalar, inner, keep_graph=keep, narrow=Backward([scalar]).narrow, hooks=True)
+        return dict(zip(inner, found, strict=True))
+
+    found = own() if plan.processes is None else plan.processes.averaged(own, inner)
+    return {p: None if g is None else g.to(p.dtype) for p, g in found.items()}
+
+
+def _finite(gradients: Mapping[Tensor, Tensor | None]) -> bool:
+    return all_finite(local([g for g in gradients.values() if g is not None]))
 
 
 def _plain(

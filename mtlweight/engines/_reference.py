@@ -67,6 +67,7 @@ class Reference:
         self.learnt = [(p, g) for p, g in own.items() if id(p) not in outer] if use.learn else []
         self._all = total
         self.parameters = [p for p in total if id(p) in allowed]
+        plan.expect_real(self.parameters)
         self.tangents = [total[p] for p in self.parameters]
         if shared and not any(id(p) in shared for p in self.parameters):
             wanting, through = (

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mtlweight.engines._grad import vectorized
+from mtlweight.engines._grad import unhooked, vectorized
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._range import Reached, unscaled, wide
 
@@ -39,7 +39,7 @@ def jacobian(losses: Sequence[Tensor], inputs: Sequence[Tensor], *, chunk_size: 
 
     basis, short = torch.eye(len(flat), dtype=flat.dtype, device=flat.device), Backward(losses).narrow
     for chunk in basis.split(chunk_size):
-        with vectorized("samples", losses):
+        with vectorized("samples", losses), unhooked(inputs):
             found = unscaled(functools.partial(pull_all, chunk), True) if short else pull_all(chunk, 1.0)
         yield [g for g in found if g is not None]
 

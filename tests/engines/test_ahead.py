@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtlweight import Constant, MTLWeightError, MultiTaskOptimizer, Needs, SLGrad, Weighting
+from mtlweight import Constant, MTLWeightError, MultiTaskOptimizer, Needs, NonFiniteError, SLGrad, Weighting
 from mtlweight._weighting import ReferenceUse
 from tests.engines.test_alignment import combined, scope_of
 from tests.engines.zoo import NETWORKS, Recipe, TwoTasks, alignment, close, gradient, numbers, problem
@@ -142,6 +142,25 @@ def test_hooks_and_schedulers_see_one_step():
     assert seen == ["pre", "post"]
 
 
+class Nested(torch.optim.Adam):
+    """Torch has wrapped the inherited step too, which runs the same hooks."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_hooks_do_not_run_ahead_where_a_step_calls_another():
+    p, seen = problem(NETWORKS["linear"]), []
+    torch.optim.Adam(p.model.parameters())
+    optimizer = wrapped(p, looking("both"), Nested)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    optimizer.combine(p.sample_losses, reference=p.reference).backward()
+    assert seen == []
+    optimizer.step()
+    assert {*seen} == {"pre", "post"}
+
+
 def test_a_reference_that_fails_ahead_leaves_what_was_there():
     p = stateful()
     optimizer = wrapped(p, looking("both"))
@@ -162,6 +181,25 @@ def test_a_loss_that_is_not_finite_takes_no_part_in_the_step_ahead():
     report = combined(p, optimizer, lambda: {**p.sample_losses(), "right": p.sample_losses()["right"] * torch.nan})
     expected = wrapped(other, looking("reference"))
     alone = combined(other, expected, lambda: {"left": other.sample_losses()["left"], "right": None})
+    assert (report.tasks, dict(report.dropped)) == (("left",), {"right": 1})
+    assert close(report.alignment, alone.alignment)
+
+
+@pytest.mark.parametrize("lookahead", ["reference", "both"])
+def test_a_task_whose_gradient_is_not_finite_takes_no_part_either_and_is_named(lookahead):
+    def losses():
+        found = p.sample_losses()
+        return {**found, "right": found["right"] + (0 * found["right"]).sqrt()}
+
+    p, other = problem(NETWORKS["linear"]), problem(NETWORKS["linear"])
+    with pytest.raises(NonFiniteError, match="of task right is not finite"):
+        combined(p, wrapped(p, looking(lookahead)), losses)
+    report = combined(p, wrapped(p, looking(lookahead), on_nonfinite="drop"), losses)
+    alone = combined(
+        other,
+        wrapped(other, looking(lookahead)),
+        lambda: {"left": other.sample_losses()["left"], "right": None},
+    )
     assert (report.tasks, dict(report.dropped)) == (("left",), {"right": 1})
     assert close(report.alignment, alone.alignment)
 

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mtlweight
-from mtlweight import MGDA, MultiTaskOptimizer, Needs, NonFiniteError
+from mtlweight import (
+    MGDA,
+    AutoLambda,
+    Constant,
+    GradDrop,
+    MTLWeightError,
+    MultiTaskOptimizer,
+    Needs,
+    NonFiniteError,
+    SLGrad,
+)
 from mtlweight._statistics import FEW, all_finite, gramian_of
 from mtlweight.engines import _rows
 from mtlweight.engines._graph import Backward, leaves_of_each
@@ -327,6 +337,9 @@ def test_what_is_not_finite_is_seen_among_few_numbers_and_among_many(numbers, be
         values[0, -1] = last
         assert all_finite([values, torch.ones(2)] if beside else [values]) == finite
     assert all_finite([torch.ones(1, numbers).to_sparse()])
+    nothing = torch.ones(0)
+    assert all_finite([nothing, torch.full((numbers,), 3e38)])
+    assert not all_finite([nothing, torch.full((numbers,), torch.nan)])
 
 
 def test_complex_numbers_are_finite_if_both_their_parts_are():
@@ -374,13 +387,25 @@ def test_the_step_does_not_depend_on_which_gradients_are_joined(long, engine, pa
     assert all(close(a, b, 1e-12) for a, b in zip(*found, strict=True))
 
 
+class Poisoned(torch.autograd.Function):
+    """The same values; their gradient is not a number."""
+
+    @staticmethod
+    def forward(_ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx, incoming):
+        return incoming * torch.nan
+
+
 def test_a_bad_gradient_is_found_among_those_that_are_joined_and_among_the_others(monkeypatch):
     monkeypatch.setattr(_rows, "LONG", 4)
     for bad in ("0.weight", "0.bias"):  # 6 numbers, and 2
         encoder = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh())
-        encoder.get_parameter(bad).register_hook(lambda g: g * torch.nan)
         optimizer = MultiTaskOptimizer(torch.optim.SGD(encoder.parameters(), lr=0.1), MGDA(), shared=encoder)
-        z = encoder(torch.ones(4, 3))
+        poisoned = {bad: Poisoned.apply(encoder.get_parameter(bad))}
+        z = torch.func.functional_call(encoder, poisoned, (torch.ones(4, 3),))
         with pytest.raises(NonFiniteError, match=re.escape(repr(bad))):
             optimizer.combine({"a": z[:, 0].sum(), "b": z[:, 1].sum()})
 
@@ -414,3 +439,25 @@ def test_a_tensor_that_is_output_twice_is_one_representation():
         optimizer.step()
         found.append(optimizer.report.gramian)
     assert close(*found)
+
+
+@pytest.mark.parametrize("weighting", [MGDA(), GradDrop(), AutoLambda("a"), SLGrad("a", scope="all")], ids=repr)
+def test_complex_parameters_are_refused_where_gradients_are_compared(weighting):
+    w = torch.nn.Parameter(torch.tensor([1j, 2j]))
+    optimizer = MultiTaskOptimizer(torch.optim.SGD([w], lr=0.1), weighting, shared=[w])
+    with pytest.raises(MTLWeightError, match=r"expected real parameters, found parameter 0 .* complex\. Keep"):
+        optimizer.combine(lambda: {"a": w.abs().square()}, reference=lambda: w.imag.sum())
+    plain = MultiTaskOptimizer(torch.optim.SGD([w], lr=0.1), Constant(0.5), shared=[w])
+    plain.combine({"a": w.imag.sum()}).backward()
+    assert torch.equal(w.grad, torch.tensor([0.5j, 0.5j]))
+
+
+@pytest.mark.parametrize(
+    ("engine", "weighting"), [("batched", MGDA()), ("samples", MGDA()), ("samples", SLGrad("a"))], ids=str
+)
+def test_vectorised_engines_say_that_they_take_no_sparse_gradients(engine, weighting):
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(table.parameters(), lr=0.1), weighting, shared=table, engine=engine)
+    losses = {"a": table(torch.tensor([1, 3])).square().sum(dim=1), "b": table(torch.tensor([1, 2])).sum(dim=1)}
+    with pytest.raises(MTLWeightError, match=r"expected dense ones, found those of Embedding.* Use engine='rows'"):
+        optimizer.combine(losses, reference=lambda: table(torch.tensor([1])).square().sum())

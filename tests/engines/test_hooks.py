@@ -1,0 +1,113 @@
+"""Hooks of parameters: they run once, on what the backward of the step brings, whatever was measured before it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from mtlweight import MGDA, UW, Constant, GradDrop, MoCo, MultiTaskOptimizer, SLGrad, every
+from tests.engines.test_ahead import looking, wrapped
+from tests.engines.test_alignment import ENGINES, combined, on_samples, optimizer_for, oracle
+from tests.engines.zoo import NETWORKS, close, problem
+
+CASES = {
+    "losses": (UW(), "task_losses", {}),
+    "rows": (MGDA(), "task_losses", {"engine": "rows"}),
+    "batched": (MGDA(), "task_losses", {"engine": "batched"}),
+    "samples": (MGDA(), "sample_losses", {"engine": "samples"}),
+    "features": (MGDA(), "task_losses", {"engine": "features"}),
+    "rows, unweighted heads": (MGDA(), "task_losses", {"heads": "unweighted"}),
+    "losses, unweighted heads": (Constant([2.0, 0.5]), "task_losses", {"heads": "unweighted"}),
+    "Jacobian": (MoCo(), "task_losses", {}),
+    "entries": (GradDrop(), "task_losses", {}),
+    "some steps": (every(2, MGDA()), "task_losses", {}),
+    **{f"alignments, {e}": (on_samples, "sample_losses", {"engine": e}) for e in ENGINES},
+    "a reference that teaches": (SLGrad("left", learn_reference=True), "sample_losses", {}),
+}
+
+
+def hooked(p, hook=lambda gradient: -gradient.clamp(-0.05, 0.1)):
+    """The problem's parameters with a hook that no sum of gradients commutes with, and how often each one ran."""
+    runs = dict.fromkeys(range(len([*p.model.parameters()])), 0)
+
+    def each(k):
+        def run(gradient):
+            runs[k] += 1
+            return hook(gradient)
+
+        return run
+
+    for k, parameter in enumerate(p.model.parameters()):
+        parameter.register_hook(each(k))
+    return runs
+
+
+def taken(p, weighting, losses, parts=None, **options):
+    """The gradients of one step."""
+    losses = getattr(p, losses)
+    whole = {"shared": p.model.encoder, "model": p.model, **options}
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(p.model.parameters(), lr=0.0), weighting, **whole)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        given = losses if parts is None else parts(losses)
+        optimizer.combine(
+            given, reference=p.reference if weighting.reference or weighting is on_samples else None
+        ).backward()
+    return [q.grad for q in p.model.parameters()]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hooks_run_once_on_the_weighted_gradient(case):
+    weighting, losses, options = CASES[case]
+    p, plain = problem(NETWORKS["linear"]), problem(NETWORKS["linear"])
+    runs = hooked(p)
+    found, expected = taken(p, weighting, losses, **options), taken(plain, weighting, losses, **options)
+    assert all(close(a, -b.clamp(-0.05, 0.1)) for a, b in zip(found, expected, strict=True))
+    assert {*runs.values()} == {1}
+
+
+@pytest.mark.parametrize("weighting", [UW(), SLGrad("left")], ids=repr)
+def test_hooks_run_once_for_losses_in_parts(weighting):
+    def parts(losses):
+        return [
+            lambda: {task: loss[:2] for task, loss in losses().items()},
+            lambda: {task: loss[2:] for task, loss in losses().items()},
+        ]
+
+    p, plain = problem(NETWORKS["linear"]), problem(NETWORKS["linear"])
+    runs = hooked(p)
+    found, expected = (taken(q, weighting, "sample_losses", parts) for q in (p, plain))
+    assert all(close(a, -b.clamp(-0.05, 0.1)) for a, b in zip(found, expected, strict=True))
+    assert {*runs.values()} == {1}
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINES])
+def test_what_is_measured_is_before_the_hooks_for_every_engine(engine):
+    p, plain = problem(NETWORKS["linear"]), problem(NETWORKS["linear"])
+    hooked(p)
+    report = combined(p, optimizer_for(p, on_samples, engine=engine), p.sample_losses)
+    assert report.engine == ("forward" if engine == "auto" else engine)
+    assert not report.fallbacks
+    assert close(report.alignment, oracle(plain, "sample_losses"))
+
+
+def test_a_step_ahead_is_along_what_the_hooks_make_of_the_gradient():
+    """As the step itself: three times the gradient is three times the learning rate."""
+    p, fast = problem(NETWORKS["linear"]), problem(NETWORKS["linear"])
+    hooked(p, lambda gradient: 3 * gradient)
+    found = combined(p, wrapped(p, looking("both"), lambda q: torch.optim.SGD(q, lr=0.01)), p.sample_losses)
+    expected = combined(fast, wrapped(fast, looking("both"), lambda q: torch.optim.SGD(q, lr=0.03)), fast.sample_losses)
+    assert close(found.alignment, expected.alignment)
+
+
+def test_hooks_are_as_they_were_also_after_an_error():
+    p = problem(NETWORKS["linear"])
+    runs = hooked(p)
+    before = copy.copy(p.shared[0]._backward_hooks)
+    losses = {task: loss.mean() for task, loss in p.sample_losses().items()}
+    sum(losses.values()).backward()  # frees the graph, so that measuring fails
+    with pytest.raises(Exception, match="freed"):
+        optimizer_for(p, MGDA(), engine="rows").combine(losses)
+    assert p.shared[0]._backward_hooks == before
+    assert {*runs.values()} == {1}
