@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mtlweight._checkpoint import KEY, VERSION, expect_loadable, signature
 from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._report import Report
 from mtlweight._statistics import Given, all_finite, tensors_of
@@ -42,11 +43,6 @@ from mtlweight.engines import (
 
 # From the losses with their graph, the view for notes, and `environments`, to a scalar that is added to the step.
 Penalty = Callable[[Mapping[str, Tensor], View, Any], Tensor]
-
-KEY = "mtlweight"
-"""The one key that this library adds to the wrapped optimizer's state dict."""
-VERSION = 2
-"""Of what is under that key."""
 
 
 @dataclass
@@ -209,8 +205,8 @@ class MultiTaskOptimizer(Optimizer):
                 by their sum; or a callable that returns one of these. Needed by weightings that read the alignment,
                 and by ``outer``; where there is neither, it is not evaluated.
             mask: which samples have a label: mapping from task name to a ``[b]`` tensor of booleans (no key: all have),
-                or one ``[m, b]``. A sample without one is no part of its task: its weight is 0, and means are over the
-                others. Its loss must still be finite, and so must its gradient: give it any label. A list of masks
+                or one ``[m, b]`` beside losses in a tensor. A sample without one is no part of its task: its weight is
+                0, and means are over the others. Its gradient must still be finite: give it any label. A list of masks
                 beside losses in parts.
             environments: handed to the penalty: which environment each sample belongs to.
 
@@ -363,7 +359,7 @@ class MultiTaskOptimizer(Optimizer):
         r = self._record
         own = {
             "version": VERSION,
-            "weighting": _signature(r.weighting),
+            "weighting": signature(r.weighting),
             "seed": r.seed,
             "step": r.step,
             "tasks": [*r.tasks],
@@ -380,17 +376,8 @@ class MultiTaskOptimizer(Optimizer):
         """
         r = self._record
         own = state_dict.get(KEY)
-        if own is not None and own.get("version") != VERSION:
-            raise MTLWeightError(
-                f"The checkpoint is of another version: expected {VERSION}, found {own.get('version')}. Load it with "
-                f"the release that saved it; or delete the key {KEY!r} from the state dict to start afresh."
-            )
-        if own is not None and own["weighting"] != _signature(r.weighting):
-            raise MTLWeightError(
-                f"The checkpoint holds the state of another weighting: expected {_signature(r.weighting)}, found "
-                f"{own['weighting']}. Build the optimizer with that weighting; or delete the key {KEY!r} from the "
-                "state dict to start the weighting afresh."
-            )
+        if own is not None:
+            expect_loadable(own, r.weighting)
         r.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         if own is None:
             warnings.warn(f"The state dict has no key {KEY!r}: the weighting starts afresh.", stacklevel=2)
@@ -551,14 +538,3 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise MTLWeightError(
             f"MultiTaskOptimizer: expected {name} to be one of {', '.join(choices)}; found {value!r}. Choose one."
         )
-
-
-def _signature(weighting: Weighting) -> str:
-    """The classes that a weighting is made of, and their arguments that the layout of its state depends on."""
-    named = [(name, getattr(weighting, name)) for name in weighting.layout]
-    words = [
-        _signature(each) if isinstance(each, Weighting) else f"{name}={each!r}"
-        for name, value in named
-        for each in (value if isinstance(value, tuple) else [value])
-    ]
-    return type(weighting).__name__ + (f"({', '.join(words)})" if words else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cmath
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,9 +123,14 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def tensors_of(state: Any) -> Iterator[Tensor]:
     """The tensors of floating point in a state."""
-    for value in state.values():
-        if not isinstance(value, Tensor):
+    for name, value in state.items():
+        if isinstance(value, Mapping):
             yield from tensors_of(value)
+        elif not isinstance(value, Tensor):
+            raise MTLWeightError(
+                f"Expected a weighting's state as nested mappings of tensors, found {type(value).__name__} under "
+                f"{name!r}. Keep numbers as tensors: torch.tensor(...)."
+            )
         elif value.is_floating_point():
             yield value
 
@@ -166,6 +171,11 @@ class Given:
     ) -> None:
         self._shares = shares
         given = (("losses", losses), ("gramian", gramian), ("jacobian", jacobian), ("alignment", alignment))
+        for name, value in given:
+            if not isinstance(value, (Tensor, type(None))):
+                raise MTLWeightError(
+                    f"Expected {name} as a tensor, found {type(value).__name__}. Convert it with torch.as_tensor(...)."
+                )
         self._given = {name: v.detach() if v.requires_grad else v for name, v in given if v is not None}
         if not self._given:
             raise MTLWeightError("Expected at least one of losses, gramian, jacobian, alignment; found none. Pass one.")

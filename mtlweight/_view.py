@@ -182,6 +182,10 @@ class View:
         """The same view with ``needs`` alone readable."""
         return self if needs == self._needs else self._with(_needs=needs)
 
+    def of(self, source: Source) -> View:
+        """The same view of another batch, such as this process's part of one."""
+        return self._with(_source=source, tasks=source.tasks)
+
     def scaled(self, weights: Tensor, writes: str | None = None) -> View:
         """The view of the weighted problem: losses, rows and alignment times ``weights``, Gramian ``w G wᵀ``.
 

@@ -208,11 +208,21 @@ def evaluate(weighting: Weighting, view: View, state: State | None) -> tuple[Ten
     """
     mine = view.restricted(weighting.needs)
     with torch.no_grad():
-        weights, state = weighting.weigh(mine, weighting.init(mine) if state is None else state)
+        written = weighting.weigh(mine, weighting.init(mine) if state is None else state)
+    if not isinstance(written, tuple) or len(written) != 2:
+        raise MTLWeightError(
+            f"{type(weighting).__name__}.weigh: expected the weights and the next state, found "
+            f"{type(written).__name__}. End it with `return weights, state`."
+        )
+    weights, state = written
     m, writes = len(view.tasks), weighting.writes
+    if writes not in _SHAPES:
+        raise MTLWeightError(
+            f"{type(weighting).__name__}.writes: expected one of {', '.join(_SHAPES)}; found {writes!r}. Choose one."
+        )
     shape = weights.shape if isinstance(weights, Tensor) else None
     if shape is None or len(shape) != (1 if writes == "task" else 2) or shape[0] != m:
-        expected = {"task": f"[{m}]", "sample": f"[{m}, b]", "entry": f"[{m}, n]"}[writes]
+        expected = _SHAPES[writes].format(m)
         if shape is None:
             raise wrong_shape(weighting, f"a tensor of shape {expected}", type(weights).__name__)
         raise wrong_shape(weighting, f"shape {expected}", list(shape))
@@ -222,6 +232,9 @@ def evaluate(weighting: Weighting, view: View, state: State | None) -> tuple[Ten
             raise wrong_shape(weighting, f"shape {list(labelled.shape)}", list(shape))
         weights = weights * labelled
     return weights.detach() if weights.requires_grad else weights, state
+
+
+_SHAPES = {"task": "[{}]", "sample": "[{}, b]", "entry": "[{}, n]"}
 
 
 def wrong_shape(weighting: Weighting, expected: str, found: object) -> MTLWeightError:

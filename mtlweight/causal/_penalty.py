@@ -25,7 +25,7 @@ class Seen:
         selector: the modules and their graph.
         losses: one ``[b]`` loss a task, with its graph.
         environments: as in ``combine``; see :func:`~mtlweight.causal._environments.labels`.
-        view: step and random numbers.
+        view: step and random numbers, and which of the losses have a label.
     """
 
     def __init__(self, selector: ModuleSelector, losses: Mapping[str, Tensor], environments: Any, view: View) -> None:
@@ -95,13 +95,20 @@ class Seen:
         first = next(iter(self.losses.values()))
         return labels(self._environments, first, lambda: self._view.generator)
 
-    def gradients(self) -> Tensor:
-        """``∇_A R_t^e``, ``[e, m, K]``: ``S`` averaged over the samples of each environment that is present."""
-        return means(self.sensitivity, self.environments)
+    def risks(self) -> tuple[Tensor, Tensor]:
+        """``R_t^e``, ``[e, m]``, and each environment's share in the task's mean over them, as :func:`means` says."""
+        return self._means(torch.stack([*self.samples.values()]))
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """``∇_A R_t^e``, ``[e, m, K]``, and the shares."""
+        return self._means(self.sensitivity)
 
     def note(self, name: str, value: Tensor | float) -> None:
         """Leaves a named value for ``optimizer.report.notes``."""
         self._view.note(name, value)
+
+    def _means(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        return means(values, self.environments, (self._view.shares > 0).to(values.device))
 
     def _present(self) -> list[Call]:
         if not self._calls:
@@ -256,12 +263,25 @@ def warmup(steps: int, penalty: Penalty, *, start: int = 0) -> Penalty:
     return _Warmup(steps, penalty, start)
 
 
-def means(values: Tensor, environments: Tensor) -> Tensor:
-    """The mean over the samples of each environment: ``[m, b, ...]`` to ``[e, m, ...]``; linear in ``b``."""
+def means(values: Tensor, environments: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
+    """The means over the labelled samples of each environment. Linear in ``b``.
+
+    Args:
+        values: ``[m, b, ...]``, 0 where there is no label.
+        environments: ``[b]``, from 0 to their number less one.
+        labelled: ``[m, b]``.
+
+    Returns:
+        tuple: the means, ``[e, m, ...]``; and ``[e, m]`` shares, of the dimensions of the means, that sum to 1 for each
+            task: alike for the environments where it has a label, 0 for the others.
+    """
+    count = int(environments.max()) + 1
     by_sample = values.transpose(0, 1)
-    counts = torch.bincount(environments)
-    sums = by_sample.new_zeros(len(counts), *by_sample.shape[1:]).index_add(0, environments, by_sample)
-    return sums / counts.reshape(-1, *[1] * (sums.ndim - 1)).to(sums.dtype)
+    sums = by_sample.new_zeros(count, *by_sample.shape[1:]).index_add(0, environments, by_sample)
+    counts = sums.new_zeros(count, len(values)).index_add(0, environments, labelled.T.to(sums.dtype))
+    counts = counts.reshape(*counts.shape, *[1] * (sums.ndim - 2))
+    present = (counts > 0).to(sums.dtype)
+    return sums / counts.clamp(min=1), present / present.sum(dim=0)
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -5,27 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
-from mtlweight.causal._penalty import Penalty, Seen, means
+from mtlweight.causal._penalty import Penalty, Seen
 
 
 @dataclass(frozen=True)
 class Invariance(Penalty):
     """The graph is to be as good in one environment as in another: no task wants other modules elsewhere.
 
-    With ``R_t^e`` the mean loss of task ``t`` over the samples of environment ``e``, and ``A`` the graph (a column per
-    module):
+    With ``R_t^e`` the mean loss of task ``t`` over the samples of environment ``e`` that have a label for it, and ``A``
+    the graph (a column per module):
 
         "variance":  Σ_t Σ_k Var_e(∂R_t^e / ∂A[t, k])
         "norm":      mean_e Σ_t ||∇_{A[t, :]} R_t^e||²
 
-    where ``Var_e`` is the mean squared distance from the mean over the environments present in the batch, each counted
-    once. A module whose correlation with a task differs between environments pulls ``A[t, k]`` up in one and down in
-    another: that is what is penalised. ``"variance"`` asks for agreement; ``"norm"`` (IRM's, at the graph) asks that
-    the graph be optimal in each environment, and also acts if there is only one.
+    where ``Var_e`` is the mean squared distance from the mean, and means are over the environments that have a sample
+    with a label for the task in the batch, each counted once. A module whose correlation with a task differs between
+    environments pulls ``A[t, k]`` up in one and down in another: that is what is penalised. ``"variance"`` asks for
+    agreement; ``"norm"`` (IRM's, at the graph) asks that the graph be optimal in each environment, and also acts if
+    there is only one.
 
     *Reads* losses per sample, environments and the modules' outputs. *Cost* one backward through the heads, whatever
     the number of environments and tasks, and its second-order backward; linear in ``b`` and in K.
@@ -63,11 +63,11 @@ class Invariance(Penalty):
 
     def parts(self, seen: Seen) -> dict[str, Tensor]:
         """The penalty, under ``"invariance (kind)"``."""
-        gradients = seen.gradients()
+        gradients, share = seen.gradients()
         seen.note("environments", float(len(gradients)))
         if self.kind == "variance":
-            gradients = gradients - gradients.mean(dim=0)
-        return {f"invariance ({self.kind})": gradients.square().mean(dim=0).sum()}
+            gradients = gradients - (share * gradients).sum(dim=0)
+        return {f"invariance ({self.kind})": (share * gradients.square()).sum()}
 
 
 @dataclass(frozen=True)
@@ -89,5 +89,5 @@ class RiskVariance(Penalty):
 
     def parts(self, seen: Seen) -> dict[str, Tensor]:
         """The penalty, under ``"risk variance"``."""
-        risks = means(torch.stack(list(seen.samples.values())), seen.environments)
-        return {"risk variance": (risks - risks.mean(dim=0)).square().mean(dim=0).sum()}
+        risks, share = seen.risks()
+        return {"risk variance": (share * (risks - (share * risks).sum(dim=0)).square()).sum()}

@@ -92,6 +92,15 @@ class Accumulation:
             mask: which samples have a label.
         """
         if self.size is None:
+            waiting = 0 if self.complete else len(self.parts)
+            if waiting:
+                self.restart()
+                raise MTLWeightError(
+                    f"accumulate: expected the last of {self.total} micro-batches, found a combine outside while "
+                    f"{waiting} still waited for it. They are dropped now. Say which one is the last: "
+                    "accumulate(..., last=...), such as last=accelerator.sync_gradients; or drop the loader's "
+                    "incomplete last batches."
+                )
             return combine(losses, reference, mask)
         if self.complete:
             self.restart()

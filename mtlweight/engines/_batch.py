@@ -181,7 +181,7 @@ class Batch:
 
     def penalty(self, objective: Callable[..., Tensor], view: View, environments: Any) -> Tensor | None:
         """The value of an objective beside the losses, with its graph."""
-        return objective(self.graphs, view, environments)
+        return objective(self.graphs, view.of(self), environments)
 
     def combined(self, weights: Tensor, writes: Level, penalty: Tensor | None = None) -> Tensor:
         """The scalar whose backward is the weighted step, and whose value is the plain sum of the tasks' losses.

@@ -89,7 +89,10 @@ def named(
         )
     for task, mask in (masks or {}).items():
         if task not in losses:
-            raise MTLWeightError(f"Expected masks of tasks that have losses, found one of {task!r}. Rename or drop it.")
+            raise MTLWeightError(
+                f"Expected masks of tasks that have losses ({', '.join(losses)}), found one of {task!r}. Rename or "
+                "drop it; beside losses in a mapping, pass masks in a mapping."
+            )
         if task in present:
             if mask.shape != present[task].shape:
                 raise MTLWeightError(

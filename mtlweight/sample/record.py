@@ -36,10 +36,10 @@ class SampleWeights:
     """
 
     _batches: list[tuple[tuple[str, ...], Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
-    _step: int = 0
+    _last: Tensor | None = field(default=None, repr=False)
 
     def add(self, report: Report, index: Tensor | list[int]) -> None:
-        """Records one step; a report that was recorded already, as after a step that was skipped, is passed over.
+        """Records one step; the report that was recorded last, as it stands after a skipped step, is passed over.
 
         Args:
             report: ``optimizer.report`` after the step. Of several processes each records its own samples.
@@ -48,9 +48,9 @@ class SampleWeights:
         Raises:
             MTLWeightError: if the weights are not per sample, or there are not as many positions as samples.
         """
-        if report.step == self._step:
-            return
         weights, shares = report.weights, report.shares
+        if weights is not None and weights is self._last:
+            return
         if weights is None or shares is None or weights.shape != shares.shape:
             raise MTLWeightError(
                 "SampleWeights records weights per sample: expected a report of a step with a weighting such as "
@@ -68,7 +68,7 @@ class SampleWeights:
         mean = weights.sum() / labelled.sum()
         relative = weights / torch.where(mean == 0, 1.0, mean)
         self._batches.append((report.tasks, index, relative[:, own], labelled[:, own]))
-        self._step = report.step
+        self._last = weights
 
     def history(self, task: str, index: int) -> list[float]:
         """The relative weights of one sample in one task, in the order in which it was seen."""
@@ -119,7 +119,14 @@ class SampleWeights:
             MTLWeightError: if no corrupted or no clean sample was seen.
         """
         rows = self.table(task, skip=skip)
-        bad = torch.tensor([bool(corrupted[int(row["index"])]) for row in rows])
+        try:
+            bad = torch.tensor([bool(corrupted[int(row["index"])]) for row in rows])
+        except LookupError as error:
+            raise MTLWeightError(
+                "SampleWeights: expected a truth value for each position that was seen, up to "
+                f"{max(int(row['index']) for row in rows)}, found {len(corrupted)} values. Pass one a sample of the "
+                "data set."
+            ) from error
         if not bad.any() or bad.all():
             raise MTLWeightError(
                 f"SampleWeights: expected corrupted and clean samples among the {len(rows)} seen in task {task!r}, "
@@ -142,7 +149,8 @@ class SampleWeights:
         found = [
             (index[labelled[t]], relative[t][labelled[t]])
             for tasks, index, relative, labelled in self._batches
-            for t in [tasks.index(task)] * (task in tasks)
+            for t, name in enumerate(tasks)
+            if name == task
         ]
         if not found:
             raise MTLWeightError(

@@ -106,12 +106,16 @@ def registered(applies: Callable[[Weighting], bool] = always) -> Callable[[Run],
 
 @dataclass(frozen=True)
 class Moment:
-    """One step of a weighting: the weights, the state after it, and what it was given."""
+    """One step of a weighting: the weights, the state after it, and what it was given.
+
+    ``disturbed`` says whether global random numbers were drawn or seeded.
+    """
 
     weights: Tensor
     state: State
     problem: Problem
     source: Statistics
+    disturbed: bool
 
 
 def batches(
@@ -373,9 +377,14 @@ def _moments(
         source = Statistics(problem)
         view = View(source, step=step, seed=seed)
         settle(step + noise)
+        settled = torch.get_rng_state()
         with torch.no_grad():
             before = weighting.init(view) if state is None else copied(state)
-            weights, state = weighting.weigh(view, before)
+            written = weighting.weigh(view, before)
+            if not isinstance(written, tuple) or len(written) != 2:
+                fault = Fault("the weights and the next state.", f"{type(written).__name__}.", RETURN)
+                raise ElsewhereError("shape", fault)
+            weights, state = written
             if weighting.observes_at(step):
                 state = weighting.observe(View(AfterStep(problem), step=step, seed=seed), state)
         try:
@@ -387,7 +396,7 @@ def _moments(
                 "stays_finite",
                 Fault("finite weights for finite input.", f"weights {show(weights)} at step {step}.", DIVISION),
             )
-        yield Moment(weights.double(), state, problem, source)
+        yield Moment(weights.double(), state, problem, source, not torch.equal(torch.get_rng_state(), settled))
 
 
 class ElsewhereError(Exception):
@@ -407,6 +416,7 @@ HIDDEN_STATE = (
     "keep all that changes from step to step in the state that `weigh` returns, as tensors; keep nothing on self, on "
     "the class or in a closure."
 )
+RETURN = "end weigh with: return weights, state"
 DIVISION = (
     "look for a division by a sum or norm that can be zero, a logarithm of zero, or an overflow of a product or a "
     "power. Divide with torch.where(x > 0, x, 1.0) below the line; divide large numbers by their maximum first."

@@ -51,11 +51,13 @@ def labels(n=12, environments=3):
     return torch.arange(n) % environments
 
 
-def view(step=0, seed=0):
-    return View(Given(losses=torch.ones(1)), step=step, seed=seed)
+def view(step=0, seed=0, losses=None):
+    given = torch.ones(1) if losses is None else torch.stack([loss.detach().double() for loss in losses.values()])
+    return View(Given(losses=given), step=step, seed=seed)
 
 
 def value(penalty, problem, environments=None, *, step=0, **options):
     """The penalty of one batch of the problem, with its graph."""
     bound = penalty.on(problem.selector)
-    return bound(problem.losses(**options), view(step), environments)
+    losses = problem.losses(**options)
+    return bound(losses, view(step, losses=losses), environments)

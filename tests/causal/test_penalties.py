@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mtlweight import Equal, MultiTaskOptimizer
 from mtlweight.causal import Balance, Decorrelation, Invariance, ModuleSelector, RiskVariance, Sparsity, warmup
 from mtlweight.causal._penalty import means
 from mtlweight.causal.decorrelation import correlation
@@ -59,6 +60,33 @@ def test_risk_variance_is_its_formula_by_one_mean_an_environment_and_task(enviro
     risks = [[losses[t][environments == e].mean() for e in environments.unique()] for t in problem.tasks]
     expected = sum(torch.stack(each).var(correction=0) for each in risks)
     torch.testing.assert_close(value(RiskVariance(), problem, environments), expected)
+
+
+@given(
+    environments=st.lists(st.integers(0, 3), min_size=12, max_size=12),
+    masks=st.lists(st.booleans(), min_size=24, max_size=24).filter(lambda each: any(each[:12]) and any(each[12:])),
+)
+@example(environments=[0] * 4 + [1] * 4 + [2] * 4, masks=[True] * 4 + [False] * 4 + [True] * 16)  # one has none of a
+@pytest.mark.parametrize("penalty", [RiskVariance(), Invariance("variance"), Invariance("norm")], ids=repr)
+def test_a_sample_without_a_label_is_in_no_environment_of_its_task(penalty, environments, masks):
+    """One task after the other, over its labelled samples alone."""
+    problem, environments = Problem(), torch.tensor(environments)
+    mask = dict(zip(problem.tasks, torch.tensor(masks).reshape(2, 12), strict=True))
+
+    def combined(tasks, keep=None):
+        bound, found = penalty.on(problem.selector), []
+        optimizer = MultiTaskOptimizer(
+            torch.optim.SGD(problem.model.parameters(), lr=0.0),
+            Equal(),
+            penalty=lambda *given: found.append(bound(*given)) or found[0],
+        )
+        losses = {t: loss for t, loss in problem.losses(order=keep).items() if t in tasks}
+        chosen = None if keep is not None else mask
+        optimizer.combine(losses, mask=chosen, environments=environments if keep is None else environments[keep])
+        return found[0]
+
+    expected = sum(combined([t], mask[t].nonzero()[:, 0]) for t in problem.tasks)
+    torch.testing.assert_close(combined(problem.tasks), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,7 +170,7 @@ def test_no_penalty_depends_on_the_order_of_tasks():
         for tasks in (("a", "b", "c"), ("c", "a", "b")):
             features = problem.selector(x)
             losses = {t: (problem.heads[t](features[t])[:, 0] - y[t]).square() for t in tasks}
-            results.append(bound(losses, view(), environments))
+            results.append(bound(losses, view(losses=losses), environments))
         torch.testing.assert_close(*results)
 
 
@@ -176,7 +204,8 @@ def test_what_is_claimed_to_be_non_negative_is(environments, seed):
 
 @pytest.mark.parametrize("penalty", [Invariance("variance"), RiskVariance()])
 def test_one_environment_in_a_batch_is_neutral_and_the_report_says_so(penalty):
-    problem, seen = Problem(), view()
+    problem = Problem()
+    seen = view(losses=problem.losses())
     got = penalty.on(problem.selector)(problem.losses(), seen, torch.full((12,), 7))
     got.backward()
     assert got == 0
@@ -289,7 +318,8 @@ def test_balance_is_zero_if_all_modules_are_used_alike():
 
 
 def test_a_sum_notes_each_part_as_it_counts():
-    problem, seen = Problem(), view()
+    problem = Problem()
+    seen = view(losses=problem.losses())
     penalty = 2.0 * Invariance() + 0.5 * (Decorrelation() + Sparsity() * 3)
     total = penalty.on(problem.selector)(problem.losses(), seen, labels())
     single = {p: value(p, problem, labels()) for p in (Invariance(), Decorrelation(), Sparsity())}
@@ -321,7 +351,9 @@ def test_means_are_those_of_each_environments_samples(counts, seed):
     environments = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     values = torch.randn(2, len(environments), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected = torch.stack([values[:, environments == e].mean(dim=1) for e in range(len(counts))])
-    torch.testing.assert_close(means(values, environments), expected)
+    found, share = means(values, environments, torch.ones(values.shape[:2]))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(share, torch.full((len(counts), 2, 1), 1 / len(counts), dtype=torch.float64))
 
 
 @pytest.mark.parametrize("environments", [2, 64])
@@ -337,7 +369,7 @@ def flops(penalty, modules, n):
     losses, bound = problem.losses(n=n), penalty.on(problem.selector)
     losses = problem.losses(n=n)
     with FlopCounterMode(display=False) as counter:
-        bound(losses, view(), labels(n))
+        bound(losses, view(losses=losses), labels(n))
     return counter.get_total_flops()
 
 
@@ -363,10 +395,10 @@ def test_per_task_forward_passes_and_several_batches_are_joined():
         return (problem.heads[task](features)[:, 0] - y[task][rows]).square()
 
     by_task = {t: loss(t, problem.selector(x, tasks=[t])[t], slice(None)) for t in ("a", "b")}
-    torch.testing.assert_close(bound(by_task, view(), labels()), expected)
+    torch.testing.assert_close(bound(by_task, view(losses=by_task), labels()), expected)
     halves = [(problem.selector(x[rows]), rows) for rows in (slice(0, 6), slice(6, 12))]
     joined = {t: torch.cat([loss(t, features[t], rows) for features, rows in halves]) for t in ("a", "b")}
-    torch.testing.assert_close(bound(joined, view(), labels()), expected)
+    torch.testing.assert_close(bound(joined, view(losses=joined), labels()), expected)
 
 
 def test_a_pruned_selector_is_penalised_over_the_modules_that_are_left():
@@ -385,7 +417,7 @@ def test_a_selector_of_modules_with_batch_normalised_heads_is_fine():
     head = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
     bound = Invariance().on(selector)
     losses = {"a": head(selector(torch.randn(8, 4))["a"])[:, 0].square()}
-    got = bound(losses, view(), labels(8, 2))
+    got = bound(losses, view(losses=losses), labels(8, 2))
     got.backward()
     assert got.isfinite()
     assert selector.logits.grad.isfinite().all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mtlweight
-from mtlweight._optimizer import _signature
+from mtlweight._checkpoint import signature
 from mtlweight._statistics import Given
 from mtlweight._view import View
 from mtlweight._weighting import evaluate
@@ -77,7 +77,7 @@ def test_weightings_whose_checkpoints_load_into_each_other_have_states_of_one_la
             state = None
             for step in range(4):
                 _, state = evaluate(case.weighting, View(given, step=step), state)
-            found, like = shapes(state), known.setdefault(_signature(case.weighting), shapes(state))
+            found, like = shapes(state), known.setdefault(signature(case.weighting), shapes(state))
             # A table may lack a task's row, which `gather` fills in.
             assert {k for k in found if len(k) == 1} == {k for k in like if len(k) == 1}, case.weighting
             assert all(found[k] == like[k] for k in found.keys() & like.keys()), case.weighting

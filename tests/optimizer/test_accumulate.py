@@ -205,6 +205,18 @@ def test_a_step_that_comes_too_early_raises_and_the_micro_batches_still_wait(how
     same_numbers(p.parameters(), q.parameters(), rtol=1e-9)
 
 
+def test_a_combine_outside_says_once_that_micro_batches_still_wait_and_drops_them():
+    p, q = Problem(), Problem()
+    optimizer, other = optimizers(MGDA(), p, q)
+    with optimizer.accumulate(2):
+        optimizer.combine(micro_batches(p)[0]).backward()
+    with pytest.raises(MTLWeightError, match=r"outside while 1 still waited for it\. They are dropped now\. Say"):
+        optimizer.combine(p.samples)
+    step(optimizer, p.samples)
+    step(other, q.samples)
+    assert same(p.parameters(), q.parameters())
+
+
 def test_more_micro_batches_than_the_loop_divides_by_are_an_error():
     p = Problem()
     (optimizer,) = optimizers(Equal(), p)

@@ -36,7 +36,7 @@ from mtlweight import (
     normalize,
     weighting,
 )
-from mtlweight._optimizer import VERSION
+from mtlweight._checkpoint import VERSION
 from tests.optimizer.problems import Problem, own, poison, same, step, wrap
 
 EQUAL = Equal()
@@ -104,6 +104,20 @@ def constants(p):
 @weighting(Needs.LOSSES)
 def undeclared(view):
     return view.gramian.diagonal()
+
+
+class Forgetful(Equal):
+    def weigh(self, view, state):
+        return super().weigh(view, state)[0]
+
+
+class Misspelt(Equal):
+    writes = "tasks"
+
+
+class Counting(Equal):
+    def weigh(self, view, state):
+        return super().weigh(view, state)[0], {"steps": 1}
 
 
 @weighting(Needs.NOTHING)
@@ -432,6 +446,20 @@ CASES = [
         for which, version in (("an earlier", VERSION - 1), ("a later", VERSION + 1))
     ),
     Case(
+        "a checkpoint whose part of this library is something else",
+        lambda _, o: o.load_state_dict({**checkpoint_of(UW()), "mtlweight": 3}),
+        rf"of another version: expected {VERSION}, found 3\. Load",
+        weighting=UW(),
+    ),
+    Case(
+        "a checkpoint that lacks a part",
+        lambda _, o: o.load_state_dict(
+            {**checkpoint_of(UW()), "mtlweight": {k: v for k, v in own(o).items() if k not in ("state", "step")}}
+        ),
+        r"damaged: expected step, state under the key 'mtlweight', found none\. Load",
+        weighting=UW(),
+    ),
+    Case(
         "a checkpoint of other parameters",
         lambda _, o: o.load_state_dict({**o.state_dict(), "param_groups": []}),
         r"loaded state dict has a different number of parameter groups",
@@ -511,6 +539,27 @@ CASES = [
         lambda p: p.losses(),
         r"writes weights per task: expected shape \[2\], found \[3\]\. Return",
         one_weight_too_many,
+        steps=0,
+    ),
+    *losses(
+        "a weighting that forgets to return its state",
+        lambda p: p.losses(),
+        r"Forgetful\.weigh: expected the weights and the next state, found Tensor\. End it with",
+        Forgetful(),
+        steps=0,
+    ),
+    *losses(
+        "a weighting that writes at no level",
+        lambda p: p.losses(),
+        r"Misspelt\.writes: expected one of task, sample, entry; found 'tasks'\. Choose",
+        Misspelt(),
+        steps=0,
+    ),
+    *losses(
+        "a state that is not made of tensors",
+        lambda p: p.losses(),
+        r"state as nested mappings of tensors, found int under 'steps'\. Keep",
+        Counting(),
         steps=0,
     ),
     *losses(

@@ -148,7 +148,10 @@ def test_what_is_observed_after_the_step_is_over_the_labelled_samples_too():
         ({"left": torch.ones(6)}, r"mask of task 'left' as a tensor of booleans.* found torch.float32\. Convert"),
         ({"left": [True] * 6}, r"mask of task 'left' as a tensor of booleans.* found list\. Convert"),
         ({"left": torch.ones(5).bool()}, r"of the shape of its loss \[6\]; found \[5\]\. Give losses per sample"),
-        ({"up": torch.ones(6).bool()}, r"masks of tasks that have losses, found one of 'up'\. Rename or drop it"),
+        (
+            {"up": torch.ones(6).bool()},
+            r"masks of tasks that have losses \(left, right\), found one of 'up'\. Rename or drop it",
+        ),
     ],
 )
 def test_masks_of_another_form_say_what_is_expected(mask, message):

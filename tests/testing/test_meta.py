@@ -87,6 +87,19 @@ class SqueezesOneTask(Simple):
         return softened(view.gramian).squeeze(), state
 
 
+@breaks("shape")
+class ForgetsTheState(Simple):
+    def weigh(self, view, state):
+        return softened(view.gramian)
+
+
+@breaks("repeats")
+class SeedsTheGlobalNumbers(Simple):
+    def weigh(self, view, state):
+        torch.manual_seed(0)
+        return softened(view.gramian), state
+
+
 @breaks("stays_finite")
 class DividesByAZeroNorm(Simple):
     traits = Traits(nonnegative=True, scale_degree=-1)

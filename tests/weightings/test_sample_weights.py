@@ -1,6 +1,7 @@
 """SampleWeights: what each sample has weighed, and how well a low weight finds mislabelled ones."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -43,6 +44,21 @@ def test_the_table_has_a_row_for_each_sample_and_task():
     assert recorded().table("right") == rows[2:]
 
 
+def test_a_step_after_going_back_to_a_checkpoint_is_another_one_though_it_has_the_same_number():
+    record = recorded()
+    record.add(report(2, [[0.25, 0.75]]), [5, 6])
+    assert record.history("left", 6) == [1.5]
+
+
+def test_what_was_not_recorded_is_named():
+    record = recorded()
+    for ask in (record.history, lambda task, _: record.table(task), lambda task, _: record.auroc(torch.ones(9), task)):
+        with pytest.raises(MTLWeightError, match=r"expected a task that was recorded \(left, right\), found 'top'"):
+            ask("top", 1)
+    with pytest.raises(MTLWeightError, match=r"each position that was seen, up to 3, found 2 values\. Pass"):
+        record.auroc(torch.tensor([True, False]), "left")
+
+
 def test_the_first_times_can_be_left_out():
     record = recorded()
     record.add(report(3, [[0.5, 0.5]]), [1, 8])  # this one is new
@@ -66,9 +82,11 @@ def test_a_sample_without_a_label_is_not_seen_in_that_task():
 
 
 def test_a_report_is_recorded_once():
-    record = recorded()
-    record.add(report(2, [[0.9, 0.1]]), [5, 6])  # the step was skipped: the report is the last one's
-    assert record.history("left", 5) == []
+    record, last = recorded(), report(3, [[0.25, 0.75]])
+    record.add(last, [5, 6])
+    record.add(replace(last, skipped=1), [7, 8])  # the step was skipped: the report is the last one's
+    assert record.history("left", 5) == [0.5]
+    assert record.history("left", 7) == []
 
 
 def test_no_weight_at_all_is_zero_for_all():

@@ -259,6 +259,8 @@ def check_needs_nothing_unread(weighting: Weighting, *, tasks: Sequence[int] = T
 def check_repeats(weighting: Weighting, *, tasks: Sequence[int] = TASKS) -> None:
     """The same view, seed and step give the same weights to the last bit: all ranks agree, and a run can be repeated.
 
+    Nor does it draw or seed global random numbers, which are the model's.
+
     Args:
         weighting: the weighting on trial.
         tasks: numbers of tasks to try.
@@ -272,12 +274,22 @@ def check_repeats(weighting: Weighting, *, tasks: Sequence[int] = TASKS) -> None
         before = play(fresh(weighting), steps, seed=seed)
         after = play(fresh(weighting), steps, seed=seed, noise=99)
         for step, (a, b) in enumerate(zip(before, after, strict=True)):
-            if not (torch.equal(a.weights, b.weights) and same_state(a.state, b.state)):
+            remedy = "draw random numbers with generator=view.generator, and keep nothing on the class or in globals."
+            if not torch.equal(a.weights, b.weights):
+                found = f"weights {a.weights.tolist()}, then {b.weights.tolist()}"
+            elif not same_state(a.state, b.state):
+                found = "the same weights, but another state"
+            elif a.disturbed:
                 raise Fault(
-                    "the same weights and state for the same view, seed and step.",
-                    f"weights {show(a.weights)}, then {show(b.weights)} at step {step} with seed {seed}.",
-                    "draw random numbers with generator=view.generator, and keep nothing on the class or in globals.",
+                    "the global random numbers as they were.", f"others after step {step}: drawn, or seeded.", remedy
                 )
+            else:
+                continue
+            raise Fault(
+                "the same weights and state for the same view, seed and step.",
+                f"{found} at step {step} with seed {seed}.",
+                remedy,
+            )
 
     inputs = st.tuples(st.integers(0, 3), batches(weighting, tasks))
     for_all("repeats", weighting, inputs, holds)

@@ -60,10 +60,12 @@ def check_permutes(weighting: Weighting, *, tasks: Sequence[int] = TASKS) -> Non
             if samples is not None and weighting.writes == "sample":
                 expected = expected[:, samples]
             if not agree(weighting, b.problem, expected, b.weights):
+                alike = "tasks" if samples is None else "tasks and samples"
                 raise Fault(
-                    f"weights {show(expected)} for the tasks in the order {order}.",
+                    f"weights {show(expected)} for the tasks in the order {order}"
+                    + ("." if samples is None else ", and the samples in reverse."),
                     f"{show(b.weights)}; in the given order they are {show(a.weights)}.",
-                    "treat all tasks alike: no index of a task means anything. Look state up by name, with "
+                    f"treat all {alike} alike: no index of one means anything. Look a task's state up by name, with "
                     "view.gather, and break ties by value.",
                 )
 
