@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +72,26 @@ class ReferenceUse:
     ema: float = 0.0
     unit: bool = False
     lookahead: Literal["reference", "both", "stay"] | None = None
+
+    @classmethod
+    def of(cls, name: str, main: str | Iterable[str], **options: Any) -> ReferenceUse:
+        """From a weighting's arguments.
+
+        Args:
+            name: the weighting, for messages.
+            main: one task or several.
+            options: the other attributes.
+
+        Raises:
+            MTLWeightError: if ``main`` is no name, or there is no such scope.
+        """
+        several = isinstance(main, Iterable) and not isinstance(main, str)
+        use = cls(tuple(main) if several else (main,), **options)  # type: ignore[arg-type]  # checked next
+        if not all(isinstance(task, str) and task for task in use.main):
+            raise MTLWeightError(f"{name}: expected the main task's name, or several, found {main!r}.")
+        if use.scope not in ("shared", "main", "all"):
+            raise MTLWeightError(f"{name}: expected scope 'shared', 'main' or 'all', found {use.scope!r}.")
+        return use
 
 
 class Weighting(ABC):

@@ -63,7 +63,8 @@ class _Every(Combinator):
 def every(k: int, inner: Weighting) -> Weighting:
     """Renews a weighting's weights at every ``k``-th step and keeps them in between, to share its cost.
 
-    In between nothing is measured, so that the step costs as much as a plain one. A task without kept weights (it is
+    In between nothing is measured, so that the step costs as much as a plain one; but a reference that teaches
+    (``learn_reference=True``) does so at each step. A task without kept weights (it is
     new, or was absent so far) makes the weights be renewed at once. A weighting that looks at the losses again after
     the step does so after each ``k``-th alone.
 

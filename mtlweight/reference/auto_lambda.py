@@ -73,17 +73,13 @@ class AutoLambda(Weighting):
             raise MTLWeightError(f"AutoLambda: expected a finite initial >= 0, found {self.initial}.")
         if not all(0 <= decay < 1 for decay in self.decay):
             raise MTLWeightError(f"AutoLambda: expected two decays in [0, 1), found {self.decay}.")
-        if self.scope not in ("shared", "main", "all"):
-            raise MTLWeightError(f"AutoLambda: expected scope 'shared', 'main' or 'all', found {self.scope!r}.")
+        ReferenceUse.of("AutoLambda", self.main, scope=self.scope)
 
     @property
     def reference(self) -> ReferenceUse:
         """The main tasks' loss, over the scope, one step ahead."""
-        return ReferenceUse(
-            main=(self.main,) if isinstance(self.main, str) else tuple(self.main),
-            scope=self.scope,
-            lookahead="reference" if self.lookahead else None,
-        )
+        lookahead = "reference" if self.lookahead else None
+        return ReferenceUse.of("AutoLambda", self.main, scope=self.scope, lookahead=lookahead)
 
     def init(self, view: View) -> State:
         """No task is known."""

@@ -48,6 +48,9 @@ class GradientCosine(Weighting):
 
     traits = Traits(nonnegative=True, scale_degree=0)
 
+    def __post_init__(self) -> None:
+        ReferenceUse.of("GradientCosine", self.main)
+
     @property
     def needs(self) -> Needs:
         """The alignment; for cosines the gradients' norms too."""
@@ -56,7 +59,7 @@ class GradientCosine(Weighting):
     @property
     def reference(self) -> ReferenceUse:
         """The direction of the main tasks' gradient over the shared parameters."""
-        return ReferenceUse(main=(self.main,) if isinstance(self.main, str) else tuple(self.main), unit=True)
+        return ReferenceUse.of("GradientCosine", self.main, unit=True)
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """Cosines, clamped at 0, or whether they are not negative."""

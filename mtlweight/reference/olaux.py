@@ -66,13 +66,12 @@ class OLAUX(Weighting):
         expect_count("OLAUX", "horizon", self.horizon)
         if not 0 <= self.initial < math.inf:
             raise MTLWeightError(f"OLAUX: expected a finite initial >= 0, found {self.initial}.")
-        if self.scope not in ("shared", "main", "all"):
-            raise MTLWeightError(f"OLAUX: expected scope 'shared', 'main' or 'all', found {self.scope!r}.")
+        ReferenceUse.of("OLAUX", self.main, scope=self.scope)
 
     @property
     def reference(self) -> ReferenceUse:
         """The main tasks' loss, over the scope."""
-        return ReferenceUse(main=(self.main,) if isinstance(self.main, str) else tuple(self.main), scope=self.scope)
+        return ReferenceUse.of("OLAUX", self.main, scope=self.scope)
 
     def init(self, view: View) -> State:
         """No task is known."""

@@ -62,16 +62,14 @@ class L2RW(Weighting):
     traits = Traits(nonnegative=True, scale_degree=0)
 
     def __post_init__(self) -> None:
-        if self.scope not in ("shared", "main", "all"):
-            raise MTLWeightError(f"L2RW: expected scope 'shared', 'main' or 'all', found {self.scope!r}.")
+        ReferenceUse.of("L2RW", self.main, scope=self.scope)
         if not 0 < self.total < math.inf:
             raise MTLWeightError(f"L2RW: expected a finite total > 0, found {self.total}.")
 
     @property
     def reference(self) -> ReferenceUse:
         """The held-out loss, over the scope."""
-        main = (self.main,) if isinstance(self.main, str) else tuple(self.main)
-        return ReferenceUse(main=main, scope=self.scope, learn=float(self.learn_reference))
+        return ReferenceUse.of("L2RW", self.main, scope=self.scope, learn=float(self.learn_reference))
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """The positive alignments, divided by their sum in each task."""

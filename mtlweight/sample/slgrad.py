@@ -98,7 +98,7 @@ class SLGrad(Weighting):
     writes = "sample"
 
     def __post_init__(self) -> None:
-        self._one_of("scope", "shared", "main", "all")
+        ReferenceUse.of("SLGrad", self.main, scope=self.scope)
         self._one_of("normalize", "all", "task", None)
         self._one_of("samples_at", "here", "ahead")
         self._one_of("replay", "official", None)
@@ -150,8 +150,9 @@ class SLGrad(Weighting):
         lookahead: Literal["reference", "both", "stay"] | None = None
         if self.lookahead:
             lookahead = "both" if self.samples_at == "ahead" else "reference"
-        return ReferenceUse(
-            main=(self.main,) if isinstance(self.main, str) else tuple(self.main),
+        return ReferenceUse.of(
+            "SLGrad",
+            self.main,
             scope=self.scope,
             learn=float(self.learn_reference),
             ema=self.ema,
