@@ -108,7 +108,8 @@ class Seen:
         self._view.note(name, value)
 
     def _means(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        return means(values, self.environments, (self._view.shares > 0).to(values.device))
+        shares = self._view.shares[[self._view.tasks.index(task) for task in self.losses]]
+        return means(values, self.environments, (shares > 0).to(values.device))
 
     def _present(self) -> list[Call]:
         if not self._calls:
@@ -273,7 +274,7 @@ def means(values: Tensor, environments: Tensor, labelled: Tensor) -> tuple[Tenso
 
     Returns:
         tuple: the means, ``[e, m, ...]``; and ``[e, m]`` shares, of the dimensions of the means, that sum to 1 for each
-            task: alike for the environments where it has a label, 0 for the others.
+            task: alike for the environments where it has a label, 0 for the others, and for all if it has none.
     """
     count = int(environments.max()) + 1
     by_sample = values.transpose(0, 1)
@@ -281,7 +282,7 @@ def means(values: Tensor, environments: Tensor, labelled: Tensor) -> tuple[Tenso
     counts = sums.new_zeros(count, len(values)).index_add(0, environments, labelled.T.to(sums.dtype))
     counts = counts.reshape(*counts.shape, *[1] * (sums.ndim - 2))
     present = (counts > 0).to(sums.dtype)
-    return sums / counts.clamp(min=1), present / present.sum(dim=0)
+    return sums / counts.clamp(min=1), present / present.sum(dim=0).clamp(min=1)
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -64,12 +64,24 @@ def unhooked(inputs: Sequence[Tensor]) -> Iterator[None]:
     hooks = [x._backward_hooks for x in inputs if x.is_leaf and x._backward_hooks]
     kept = [dict(each) for each in hooks]
     for each in hooks:
-        each.clear()  # not replaced: autograd has a reference
+        each.update(dict.fromkeys(each, _nothing))  # in place: autograd has a reference
     try:
         yield
     finally:
         for each, own in zip(hooks, kept, strict=True):
-            each.update(own)
+            each.update((key, own[key]) for key in own.keys() & each.keys())  # some may have been removed
+
+
+def _nothing(_gradient: Tensor) -> None:
+    """A hook that leaves the gradient as it is."""
+
+
+def hooked(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """What the leaf's hooks make of its gradient."""
+    for hook in (leaf._backward_hooks or {}).values():
+        made = hook(gradient)
+        gradient = gradient if made is None else made
+    return gradient
 
 
 def grad(
@@ -79,10 +91,9 @@ def grad(
     *,
     retain_graph: bool = False,
     check: bool = True,
-    hooks: bool = False,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients, ``None`` for inputs that no output depends on.
+    """The gradients, before any hooks of leaves; ``None`` for inputs that no output depends on.
 
     The first time that the backward of a compiled model keeps its graph, it runs twice, to see that it can: there are
     ways to compile it, without an error of torch's, so that the second run is wrong.
@@ -93,7 +104,6 @@ def grad(
         cotangents: gradients that come in.
         retain_graph: whether the graph is needed again.
         check: whether a compiled model may be in the graph.
-        hooks: whether those of leaves run.
         options: ``torch.autograd.grad``'s.
 
     Raises:
@@ -101,7 +111,7 @@ def grad(
     """
 
     def run() -> tuple[Tensor | None, ...]:
-        with contextlib.nullcontext() if hooks else unhooked(inputs):
+        with unhooked(inputs):
             return torch.autograd.grad(
                 outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True, **options
             )

@@ -33,13 +33,7 @@ def dense(gradient: Tensor) -> Tensor:
 
 
 def gradient(
-    output: Tensor,
-    inputs: Sequence[Tensor],
-    *,
-    keep_graph: bool,
-    narrow: bool,
-    check: bool = True,
-    hooks: bool = False,
+    output: Tensor, inputs: Sequence[Tensor], *, keep_graph: bool, narrow: bool, check: bool = True
 ) -> Gradients:
     """The gradients of a scalar with respect to all inputs; ``None`` where it does not depend on one.
 
@@ -49,12 +43,11 @@ def gradient(
         keep_graph: whether the graph is needed again.
         narrow: whether they pass through float16: they are in float32 then.
         check: whether a compiled model may be in the graph.
-        hooks: whether those of leaves run.
     """
 
     def pull(scale: float, keep: bool) -> Gradients:
         cotangents = None if scale == 1.0 else [torch.full_like(output, scale)]
-        return grad([output], inputs, cotangents, retain_graph=keep, check=check, hooks=hooks)
+        return grad([output], inputs, cotangents, retain_graph=keep, check=check)
 
     return unscaled(pull, keep_graph) if narrow else pull(1.0, keep_graph)
 

@@ -16,6 +16,7 @@ from mtlweight.engines import _ahead, _losses
 from mtlweight.engines._again import as_written, snapshot
 from mtlweight.engines._batch import Batch
 from mtlweight.engines._evaluate import evaluated
+from mtlweight.engines._grad import hooked
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._joined import Joined
 from mtlweight.engines._micro import MicroBatches
@@ -119,8 +120,9 @@ def _gradients_ahead(trial: Batch, plan: Plan, *, keep: bool = False) -> dict[Te
     inner = [p for p in plan.trainable if id(p) not in outer]
 
     def own() -> dict[Tensor, Tensor | None]:
-        found = gradient(scalar, inner, keep_graph=keep, narrow=Backward([scalar]).narrow, hooks=True)
-        return dict(zip(inner, found, strict=True))
+        found = gradient(scalar, inner, keep_graph=keep, narrow=Backward([scalar]).narrow)
+        pairs = zip(inner, found, strict=True)
+        return {p: None if g is None else hooked(p, g.to(p.dtype)) for p, g in pairs}
 
     found = own() if plan.processes is None else plan.processes.averaged(own, inner)
     return {p: None if g is None else g.to(p.dtype) for p, g in found.items()}

@@ -36,6 +36,7 @@ class SampleWeights:
     """
 
     _batches: list[tuple[tuple[str, ...], Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
+    _step: int = 0
     _last: Tensor | None = field(default=None, repr=False)
 
     def add(self, report: Report, index: Tensor | list[int]) -> None:
@@ -49,12 +50,13 @@ class SampleWeights:
             MTLWeightError: if the weights are not per sample, or there are not as many positions as samples.
         """
         weights, shares = report.weights, report.shares
-        if weights is not None and weights is self._last:
+        again = weights is not None and self._last is not None and torch.equal(weights, self._last)
+        if weights is None or (again and report.step == self._step):  # the first step was skipped, or a later one
             return
-        if weights is None or shares is None or weights.shape != shares.shape:
+        if shares is None or weights.shape != shares.shape:
             raise MTLWeightError(
                 "SampleWeights records weights per sample: expected a report of a step with a weighting such as "
-                f"SLGrad, found {'none' if weights is None else f'weights of shape {list(weights.shape)}'}. Use such a "
+                f"SLGrad, found weights of shape {list(weights.shape)}. Use such a "
                 "weighting, and losses per sample."
             )
         index, own = torch.as_tensor(index, device=weights.device), report.own or slice(None)
@@ -68,7 +70,7 @@ class SampleWeights:
         mean = weights.sum() / labelled.sum()
         relative = weights / torch.where(mean == 0, 1.0, mean)
         self._batches.append((report.tasks, index, relative[:, own], labelled[:, own]))
-        self._last = weights
+        self._step, self._last = report.step, weights
 
     def history(self, task: str, index: int) -> list[float]:
         """The relative weights of one sample in one task, in the order in which it was seen."""

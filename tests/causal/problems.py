@@ -53,7 +53,7 @@ def labels(n=12, environments=3):
 
 def view(step=0, seed=0, losses=None):
     given = torch.ones(1) if losses is None else torch.stack([loss.detach().double() for loss in losses.values()])
-    return View(Given(losses=given), step=step, seed=seed)
+    return View(Given(losses=given, tasks=None if losses is None else tuple(losses)), step=step, seed=seed)
 
 
 def value(penalty, problem, environments=None, *, step=0, **options):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtlweight import Equal, MultiTaskOptimizer
+from mtlweight import Equal, MultiTaskOptimizer, View
+from mtlweight._statistics import Given
 from mtlweight.causal import Balance, Decorrelation, Invariance, ModuleSelector, RiskVariance, Sparsity, warmup
 from mtlweight.causal._penalty import means
 from mtlweight.causal.decorrelation import correlation
@@ -87,6 +88,21 @@ def test_a_sample_without_a_label_is_in_no_environment_of_its_task(penalty, envi
 
     expected = sum(combined([t], mask[t].nonzero()[:, 0]) for t in problem.tasks)
     torch.testing.assert_close(combined(problem.tasks), expected)
+
+
+@pytest.mark.parametrize("penalty", [RiskVariance(), Invariance("variance"), Invariance("norm")], ids=repr)
+def test_labels_go_by_the_tasks_names_and_a_task_without_any_adds_nothing(penalty):
+    """As in a process that has none of a task that others have."""
+    problem, bare = Problem(), Problem()
+    bound, alone = penalty.on(problem.selector), penalty.on(bare.selector)
+    losses, expected = problem.losses(), bare.losses()
+    losses["a"] = 0 * losses["a"]
+    stacked = torch.stack([loss.detach() for loss in losses.values()])
+    seen = View(Given(losses=stacked, tasks=("a", "b"), shares=torch.tensor([[0.0] * 12, [1 / 12] * 12])))
+    found = bound({task: losses[task] for task in ("b", "a")}, seen, labels())
+    only = {"b": expected["b"]}
+    torch.testing.assert_close(found, alone(only, View(Given(losses=stacked[1:], tasks=("b",))), labels()))
+    torch.testing.assert_close(bound({"b": problem.losses()["b"]}, seen, labels()), found)
 
 
 @pytest.mark.parametrize("kind", KINDS)

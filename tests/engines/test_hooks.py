@@ -101,6 +101,35 @@ def test_a_step_ahead_is_along_what_the_hooks_make_of_the_gradient():
     assert close(found.alignment, expected.alignment)
 
 
+def test_a_step_ahead_through_float16_shows_the_hooks_gradients_of_their_own_size():
+    sizes = []
+    for dtype in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        encoder, x = torch.nn.Linear(3, 4).to(dtype), torch.randn(6, 3).to(dtype)
+        seen = []
+        encoder.weight.register_hook(lambda g, seen=seen: seen.append(float(g.abs().max())))
+        optimizer = MultiTaskOptimizer(
+            torch.optim.SGD(encoder.parameters(), lr=0.01), SLGrad("a", lookahead=True), shared=encoder, model=encoder
+        )
+
+        def loss(encoder=encoder, x=x):
+            return encoder(x).square().mean(dim=1)
+
+        optimizer.combine(lambda loss=loss: {"a": loss()}, reference=loss)
+        sizes.append(seen[0])
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+
+
+def test_a_hook_that_is_removed_in_the_meantime_stays_removed():
+    p = problem(NETWORKS["linear"])
+    seen, first = [], p.shared[0]
+    handle = first.register_hook(lambda _: seen.append("removed"))
+    first.register_hook(lambda _: seen.append("kept"))
+    p.model.heads["left"].register_full_backward_hook(lambda *_: handle.remove())
+    taken(p, MGDA(), "task_losses", engine="rows")
+    assert seen == ["kept"]
+
+
 def test_hooks_are_as_they_were_also_after_an_error():
     p = problem(NETWORKS["linear"])
     runs = hooked(p)

@@ -1,5 +1,6 @@
 """SampleWeights: what each sample has weighed, and how well a low weight finds mislabelled ones."""
 
+import copy
 import csv
 from dataclasses import replace
 
@@ -87,6 +88,16 @@ def test_a_report_is_recorded_once():
     record.add(replace(last, skipped=1), [7, 8])  # the step was skipped: the report is the last one's
     assert record.history("left", 5) == [0.5]
     assert record.history("left", 7) == []
+    copied = copy.deepcopy(record)
+    copied.add(replace(copy.deepcopy(last), skipped=1), [7, 8])
+    assert copied.history("left", 7) == []
+
+
+def test_a_first_step_that_was_skipped_is_nothing_to_record():
+    record = SampleWeights()
+    record.add(Report(skipped=1), [7, 8])
+    record.add(Report(step=5, skipped=1), [7, 8])  # after a resume
+    assert record.tasks == ()
 
 
 def test_no_weight_at_all_is_zero_for_all():
@@ -123,8 +134,10 @@ def test_it_takes_the_optimizers_report():
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda r: r.add(Report(step=1), [0]), "records weights per sample: expected .* found none"),
-        (lambda r: r.add(Report(step=1, weights=torch.ones(2)), [0]), r"found weights of shape \[2\]"),
+        (
+            lambda r: r.add(Report(step=1, weights=torch.ones(2)), [0]),
+            r"records weights per sample: expected .* found weights of shape \[2\]",
+        ),
         (lambda r: r.add(report(1, [[1.0, 0.0]]), [0]), r"each of the 2 samples, found an index of shape \[1\]"),
         (lambda r: r.table("up"), r"a task that was recorded \(none was\), found 'up'"),
     ],
