@@ -17,6 +17,10 @@ from torch import Tensor
 from mtlweight._checks import expect_count
 from mtlweight._errors import MTLWeightError
 
+_LAST = (
+    "Say which one is the last: accumulate(..., last=...), such as last=accelerator.sync_gradients; or drop the "
+    "loader's incomplete last batches."
+)
 Combine = Callable[[Any, Any, Any], Tensor]
 """From losses, reference and mask to the scalar."""
 
@@ -97,9 +101,7 @@ class Accumulation:
                 self.restart()
                 raise MTLWeightError(
                     f"accumulate: expected the last of {self.total} micro-batches, found a combine outside while "
-                    f"{waiting} still waited for it. They are dropped now. Say which one is the last: "
-                    "accumulate(..., last=...), such as last=accelerator.sync_gradients; or drop the loader's "
-                    "incomplete last batches."
+                    f"{waiting} still waited for it. They are dropped now. {_LAST}"
                 )
             return combine(losses, reference, mask)
         if self.complete:
@@ -140,8 +142,7 @@ class Accumulation:
         if self.parts and not self.complete:
             raise MTLWeightError(
                 f"accumulate: expected step() after {self.total} micro-batches, found it after {self.count}, which "
-                "wait for the last one and have no gradient yet. Say which one is the last: accumulate(..., last=...), "
-                "such as last=accelerator.sync_gradients; or drop the loader's incomplete last batches."
+                f"wait for the last one and have no gradient yet. {_LAST}"
             )
 
     def _expect_own_data(self) -> None:

@@ -38,6 +38,11 @@ def small(losses, *_):
     return 0.1 * sum(loss.mean() for loss in losses.values())
 
 
+def labelled(losses, view, _):
+    """A penalty on the mean over the samples with a label, by what the view says of this process's."""
+    return 0.1 * sum((share * loss).sum() for share, loss in zip(view.shares, losses.values(), strict=True))
+
+
 def variants():
     """One weighting a level at least, in each way to give the losses."""
     chain = SLGrad("0") >> PCGrad()
@@ -72,6 +77,7 @@ def options():
         yield f"{w!r}, outer", Run(w, options={"outer": "bias"})
     yield "UW(), a penalty", Run(UW(), uneven=False, options={"penalty": small})
     yield "MGDA(), a penalty", Run(MGDA(), uneven=False, options={"penalty": small})
+    yield "UW(), masks, a penalty of labelled samples", Run(UW(), masked={1: ("1",)}, options={"penalty": labelled})
 
 
 def parity(count):

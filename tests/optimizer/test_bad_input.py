@@ -36,7 +36,7 @@ from mtlweight import (
     normalize,
     weighting,
 )
-from mtlweight._checkpoint import VERSION
+from mtlweight._checkpoint import CONTENT, KEY, VERSION
 from tests.optimizer.problems import Problem, own, poison, same, step, wrap
 
 EQUAL = Equal()
@@ -683,3 +683,7 @@ def test_the_message_says_what_was_expected_what_was_found_and_what_to_do(case):
 def test_the_table_names_each_case_once():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
+
+
+def test_a_checkpoint_has_everything_that_loading_asks_for():
+    assert {*checkpoint_of(UW())[KEY]} == {*CONTENT}
