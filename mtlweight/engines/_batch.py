@@ -18,6 +18,7 @@ from mtlweight.engines._confirm import DISAGREES, confirmed
 from mtlweight.engines._grad import explain
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import Pairs, inject_known
+from mtlweight.engines._layers import Linear, linear
 from mtlweight.engines._plan import Plan
 from mtlweight.engines._range import gradient, restored, unit, wide
 from mtlweight.engines._reference import Reference, main_scope
@@ -304,13 +305,18 @@ class Batch:
         graph = Backward(outputs)
         rest = [p for p in graph.leaves if id(p) not in known] if final else []
         every = [*inputs, *rest]
+        whole, layers = Needs.JACOBIAN in plan.needs or plan.writes == "entry", dict[int, Linear]()
         try:
             if engine == "samples":
                 gradients = samples.gradients(losses, every, each)
+            elif engine == "batched":
+                gradients = batched.gradients(graph, every, keep_graph=keep)
             else:
-                gradients = {"rows": rows, "batched": batched}[engine].gradients(graph, every, keep_graph=keep)
-            whole = Needs.JACOBIAN in plan.needs
-            return Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole)
+                if coefficients is None and self.means is None and not whole:  # else rows of several parts add up
+                    layers = linear(graph, inputs, len(outputs))
+                gradients = rows.gradients(graph, every, keep_graph=keep, layers=layers)
+            factors = {k: layer.x for k, layer in layers.items()}
+            return Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole, factors=factors)
         except RuntimeError as error:
             explain(error)  # gradients that are read too late
             raise

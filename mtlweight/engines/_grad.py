@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+from torch.utils.hooks import RemovableHandle
 
 from mtlweight._errors import MTLWeightError
 from mtlweight._statistics import all_finite
@@ -59,9 +61,9 @@ def explain(error: RuntimeError) -> None:
 
 
 @contextlib.contextmanager
-def unhooked(inputs: Sequence[Tensor]) -> Iterator[None]:
+def unhooked(inputs: Sequence[Tensor | GradientEdge]) -> Iterator[None]:
     """Within the context no hooks of leaves run, since they will on what the backward of the step brings the leaf."""
-    hooks = [x._backward_hooks for x in inputs if x.is_leaf and x._backward_hooks]
+    hooks = [x._backward_hooks for x in inputs if isinstance(x, Tensor) and x.is_leaf and x._backward_hooks]
     kept = [dict(each) for each in hooks]
     for each in hooks:
         each.update(dict.fromkeys(each, _nothing))  # in place: autograd has a reference
@@ -70,6 +72,29 @@ def unhooked(inputs: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for each, own in zip(hooks, kept, strict=True):
             each.update((key, own[key]) for key in own.keys() & each.keys())  # some may have been removed
+
+
+@contextlib.contextmanager
+def _watched(nodes: Iterable[Node]) -> Iterator[dict[Node, Tensor]]:
+    """Within the context a backward that goes on from these nodes leaves the gradients that it brings to them.
+
+    Torch answers for the edge to a node with what is before the hooks of its tensor, if the backward goes on from
+    there, and with what is after them, if it ends there; then it leaves nothing here.
+    """
+    passed: dict[Node, Tensor] = {}
+
+    def watch(node: Node) -> RemovableHandle:
+        def before(gradients: tuple[Tensor, ...]) -> None:
+            passed[node] = gradients[0]
+
+        return node.register_prehook(before)
+
+    handles = [watch(node) for node in {*nodes}]
+    try:
+        yield passed
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _nothing(_gradient: Tensor) -> None:
@@ -86,7 +111,7 @@ def hooked(leaf: Tensor, gradient: Tensor) -> Tensor:
 
 def grad(
     outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
     cotangents: Sequence[Tensor] | None = None,
     *,
     retain_graph: bool = False,
@@ -100,7 +125,7 @@ def grad(
 
     Args:
         outputs: scalars, or tensors beside their cotangents.
-        inputs: leaves or intermediate tensors.
+        inputs: leaves, intermediate tensors, or where these would be in the graph.
         cotangents: gradients that come in.
         retain_graph: whether the graph is needed again.
         check: whether a compiled model may be in the graph.
@@ -109,12 +134,19 @@ def grad(
     Raises:
         MTLWeightError: in place of errors of torch's that have a known remedy; and if the two runs differ.
     """
+    edges = {k: edge.node for k, edge in enumerate(inputs) if isinstance(edge, GradientEdge)}
 
     def run() -> tuple[Tensor | None, ...]:
-        with unhooked(inputs):
-            return torch.autograd.grad(
-                outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True, **options
+        with unhooked(inputs), _watched(edges.values()) as passed:
+            found = torch.autograd.grad(
+                outputs,
+                inputs,  # type: ignore[arg-type]  # it takes tensors beside edges
+                cotangents,
+                retain_graph=retain_graph,
+                allow_unused=True,
+                **options,
             )
+        return tuple(passed.get(edges[k], g) if k in edges else g for k, g in enumerate(found)) if passed else found
 
     if not inputs:
         return ()

@@ -39,10 +39,20 @@ class Backward:
         """The leaf tensors whose ``.grad`` the backward would write, in a stable order."""
         found = {id(output): output for output in self.outputs if output.grad_fn is None and output.requires_grad}
         for node in self.nodes:
-            leaf = _leaf(node)
+            leaf = leaf_of(node)
             if leaf is not None:
                 found[id(leaf)] = leaf
         return list(found.values())
+
+    @functools.cached_property
+    def users(self) -> dict[Node, list[Node]]:
+        """For each node those that hand it gradients; one that does so twice is there twice."""
+        found: dict[Node, list[Node]] = {}
+        for node in self.nodes:
+            for parent, _ in node.next_functions:
+                if parent is not None:
+                    found.setdefault(parent, []).append(node)
+        return found
 
     @functools.cached_property
     def dtypes(self) -> set[torch.dtype]:
@@ -78,7 +88,7 @@ class Backward:
         """
         gates = {view.grad_fn for view in views.values()}
         others = (node for node in self.nodes if node not in gates)
-        direct = {id(_leaf(parent)) for node in others for parent, _ in node.next_functions if parent is not None}
+        direct = {id(leaf_of(parent)) for node in others for parent, _ in node.next_functions if parent is not None}
         return [leaf for leaf in views if id(leaf) in direct]
 
 
@@ -98,7 +108,7 @@ def leaves_of_each(outputs: Iterable[Tensor]) -> list[set[int]]:
                 met.add(first[node])
                 continue
             first[node] = t
-            leaf = _leaf(node)
+            leaf = leaf_of(node)
             if leaf is not None:
                 mine.add(id(leaf))
             stack.extend(parent for parent, _ in node.next_functions if parent is not None)
@@ -107,6 +117,7 @@ def leaves_of_each(outputs: Iterable[Tensor]) -> list[set[int]]:
     return found
 
 
-def _leaf(node: Node) -> Tensor | None:
+def leaf_of(node: Node) -> Tensor | None:
+    """The leaf whose gradient the node adds up, if it does that."""
     leaf: Tensor | None = getattr(node, "variable", None)  # AccumulateGrad alone has one
     return leaf

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from mtlweight._statistics import all_finite, cast
 from mtlweight.engines._grad import grad
@@ -33,13 +34,13 @@ def dense(gradient: Tensor) -> Tensor:
 
 
 def gradient(
-    output: Tensor, inputs: Sequence[Tensor], *, keep_graph: bool, narrow: bool, check: bool = True
+    output: Tensor, inputs: Sequence[Tensor | GradientEdge], *, keep_graph: bool, narrow: bool, check: bool = True
 ) -> Gradients:
     """The gradients of a scalar with respect to all inputs; ``None`` where it does not depend on one.
 
     Args:
         output: scalar.
-        inputs: leaves or intermediate tensors.
+        inputs: leaves, intermediate tensors, or where these would be in the graph.
         keep_graph: whether the graph is needed again.
         narrow: whether they pass through float16: they are in float32 then.
         check: whether a compiled model may be in the graph.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,30 @@ from mtlweight.engines._range import Reached, dense, wide
 
 LONG = 1 << 16
 """Gradients of at most so many numbers are joined: many small products cost more than a copy. Longer ones stay."""
+
+
+@dataclass
+class Product:
+    """The gradients of ``m`` outputs with respect to a linear layer's weight, ``δ[t]ᵀ x``, which are not made.
+
+    Args:
+        place: of the weight in the inputs.
+        x: what came into the layer, ``[N, in]``.
+        deltas: for each output the gradient at the layer's, ``[N, out]``, or ``None`` for zero.
+    """
+
+    place: int
+    x: Tensor
+    deltas: list[Tensor | None]
+
+    @property
+    def gramian(self) -> Tensor:
+        """Their inner products, ``[m, m]``; in float64, since terms that are larger than the result cancel."""
+        x = self.x.double()
+        zero = next(torch.zeros_like(delta) for delta in self.deltas if delta is not None)
+        deltas = torch.stack([zero if delta is None else delta for delta in self.deltas]).double()
+        product = deltas.flatten(1) @ (x @ x.T @ deltas).flatten(1).T
+        return (product + product.T) / 2
 
 
 @dataclass
@@ -34,6 +58,7 @@ class Rows:
         heads: for each output, its gradients by their place in ``rest``.
         coefficients: ``[m, b]`` weights that the outputs were made with, if any.
         dtype: of the vectors.
+        products: the inputs that are in no group.
     """
 
     inputs: list[Tensor]
@@ -45,6 +70,7 @@ class Rows:
     heads: list[dict[int, Tensor]]
     coefficients: Tensor | None
     dtype: torch.dtype
+    products: list[Product] = field(default_factory=list)
 
     @classmethod
     def collect(
@@ -56,6 +82,7 @@ class Rows:
         coefficients: Tensor | None,
         *,
         whole: bool,
+        factors: Mapping[int, Tensor] | None = None,
     ) -> Rows:
         """From the ``m`` outputs' gradients with respect to ``inputs``, then ``rest``.
 
@@ -66,18 +93,24 @@ class Rows:
             rest: see above.
             coefficients: see above.
             whole: whether all groups are one, so that the block is ``J``.
+            factors: for some inputs, what comes into the linear layer that they are the weight of: in the place of
+                their gradients are those of the layer's output.
         """
         count, sizes, dtype = len(inputs), [p.numel() for p in inputs], widest(inputs)
-        single = [] if whole else [k for k in range(count) if sizes[k] > LONG]
-        joined = [k for k in range(count) if whole or sizes[k] <= LONG]
+        products = [Product(k, x, []) for k, x in (factors or {}).items()]
+        made = [k for k in range(count) if not factors or k not in factors]
+        single = [] if whole else [k for k in made if sizes[k] > LONG]
+        joined = [k for k in made if whole or sizes[k] <= LONG]
         width = sum(sizes[k] for k in joined)
         block = torch.empty(m, width, dtype=dtype, device=inputs[0].device) if joined else None
         groups = [[k] for k in single] + ([joined] if joined else [])
-        rows = cls(inputs, rest, groups, [], block, [], [], coefficients, dtype)
+        rows = cls(inputs, rest, groups, [], block, [], [], coefficients, dtype, products)
         for t, found in enumerate(gradients):
             rows.long.append([rows._flat(k, found[k]) if k in found else None for k in single])
             if block is not None:
                 torch.cat([rows._flat(k, found.get(k)) for k in joined], out=block[t])
+            for product in products:
+                product.deltas.append(found.get(product.place))
             rows.reach.append({k for k in found if k < count})
             rows.heads.append({k - count: dense(g) for k, g in found.items() if k >= count})
         return rows
@@ -103,12 +136,16 @@ class Rows:
         for group, vector in zip(self.groups, self.vectors(t), strict=True):
             if vector is not None:
                 parts.update(zip(group, vector.split([self.inputs[k].numel() for k in group]), strict=True))
+        parts.update((each.place, delta) for each in self.products if (delta := each.deltas[t]) is not None)
         return next((self.inputs[k] for k in sorted(parts) if not parts[k].isfinite().all()), None)
 
     @property
     def gramian(self) -> Tensor:
         """``J Jᵀ``, ``[m, m]``."""
-        return gramian_of(*self._columns())
+        device = self.inputs[0].device
+        parts = [each.gramian.to(device) for each in self.products if any(delta is not None for delta in each.deltas)]
+        columns = list(self._columns())
+        return sum(parts[1:], parts[0]) if parts and not columns else sum(parts, gramian_of(*columns))
 
     @property
     def widths(self) -> list[int]:
@@ -155,6 +192,7 @@ class Rows:
             block=None if self.block is None else self.block[keep],
             reach=[self.reach[t] for t in keep],
             heads=[self.heads[t] for t in keep],
+            products=[replace(each, deltas=[each.deltas[t] for t in keep]) for each in self.products],
         )
 
     def combined(self, value: Tensor, weights: Tensor, writes: Level, heads: str) -> Tensor:
@@ -170,41 +208,54 @@ class Rows:
         shapes = [p.shape for p in self.inputs]
         reached = sorted(set[int]().union(*self.reach))  # no others are in the graph: some reducers count on that
         weighted = writes == "task" and heads == "weighted"
-        shared = [(t, j) for t, row in enumerate(self.long) for j, vector in enumerate(row) if vector is not None]
-        others = [(t, k) for t, row in enumerate(self.heads) for k in row]
-        turns = _turns([k for _, k in others])
+        shared = [
+            (t, j, vector) for t, row in enumerate(self.long) for j, vector in enumerate(row) if vector is not None
+        ]
+        others = [(t, k, g) for t, row in enumerate(self.heads) for k, g in row.items()]
+        turns = _turns([k for _, k, _ in others])
+        sums = [(p, [(t, delta) for t, delta in enumerate(p.deltas) if delta is not None]) for p in self.products]
+        tensors = [weights, *(vector for *_, vector in shared), *(g for *_, g in others)]
+        for product, deltas in sums:
+            tensors += [product.x, *(delta for _, delta in deltas)]
+        tensors += [] if self.block is None else [self.block]
+        # What the backward needs goes through autograd, which frees it afterwards: here are only its places.
+        places = [(t, j) for t, j, _ in shared], [(t, k) for t, k, _ in others]
+        layers = [(product.place, [t for t, _ in deltas]) for product, deltas in sums]
         count, joined = len(self.rest), self.block is not None
 
         def gradients(incoming: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
+            given = iter(saved)
             # What comes in, such as a loss scale, goes into the weights: that spares a pass over every gradient.
-            factors = (incoming * saved[0]).to(dtype).unbind()
+            factors = (incoming * next(given)).to(dtype).unbind()
             totals: list[Tensor | None] = [None] * len(groups)
-            for (t, j), vector in zip(shared, saved[1:], strict=False):
-                totals[j] = _plus(totals[j], factors[t], vector)
-            for factor, vector in zip(factors, saved[-1], strict=True) if joined else ():
-                totals[-1] = _plus(totals[-1], factor, vector)
+            for t, j in places[0]:
+                totals[j] = _plus(totals[j], factors[t], next(given))
+            heads = [wide(next(given)) for _ in places[1]]
             tails: list[Tensor | None] = [None] * count
             for turn in turns:
-                own = [wide(saved[1 + len(shared) + i]) for i in turn]
-                scales = [factors[others[i][0]] if weighted else incoming for i in turn]
+                own = [heads[i] for i in turn]
+                scales = [factors[places[1][i][0]] if weighted else incoming for i in turn]
                 products = torch._foreach_mul(
                     own, [cast(x, x.dtype, g.device) for x, g in zip(scales, own, strict=True)]
                 )
                 for i, g in zip(turn, products, strict=True):
-                    k = others[i][1]
+                    k = places[1][i][1]
                     tails[k] = g if (before := tails[k]) is None else before.add_(g)
             found: list[Tensor | None] = [None] * len(shapes)
+            for k, tasks in layers:
+                x, delta = next(given), None
+                for t in tasks:
+                    delta = _plus(delta, cast(factors[t], dtype, x.device), cast(next(given), dtype))
+                found[k] = None if delta is None else delta.T @ cast(x, dtype)
+            for factor, vector in zip(factors, next(given), strict=True) if joined else ():
+                totals[-1] = _plus(totals[-1], factor, vector)
             for group, total in zip(groups, totals, strict=True):
                 if total is not None:
                     for k, part in zip(group, total.split([shapes[k].numel() for k in group]), strict=True):
                         found[k] = part.view(shapes[k])
             return [found[k] for k in reached] + tails
 
-        tensors = [vector for row in self.long for vector in row if vector is not None]
-        tensors += [g for row in self.heads for g in row.values()]
-        tensors += [] if self.block is None else [self.block]
-        leaves = [*(self.inputs[k] for k in reached), *self.rest]
-        return inject(value, leaves, [weights, *tensors], gradients)
+        return inject(value, [*(self.inputs[k] for k in reached), *self.rest], tensors, gradients)
 
     def _columns(self) -> Iterator[Tensor | list[Tensor]]:
         """For each group, its ``m`` vectors."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mtlweight.engines._graph import Backward, leaves_of_each
+from mtlweight.engines._layers import Linear, gray_convolutions
 from mtlweight.engines._range import Reached, gradient, wide
 
 
-def gradients(graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool) -> Iterator[Reached]:
+def gradients(
+    graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool, layers: Mapping[int, Linear] | None = None
+) -> Iterator[Reached]:
     """The gradients of each output with respect to the inputs that it depends on, one output at a time.
 
     Works on every graph, compiled models included, and touches only what an output depends on. Cost: one backward an
@@ -21,15 +24,19 @@ def gradients(graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool) ->
         graph: of the outputs, which are scalars.
         inputs: leaves or intermediate tensors.
         keep_graph: whether the graph is needed again after the last output.
+        layers: linear layers by the place of their weight, whose gradient is not made: ``δ`` is in its place.
     """
     outputs, check = graph.outputs, bool(graph.compiled)
+    products, convolutions = layers or {}, gray_convolutions(graph, inputs)
+    edges = {k: layer.output for k, layer in products.items()} | {k: edge for k, (edge, _) in convolutions.items()}
     everywhere = [range(len(inputs))] * len(outputs)
     # Not to ask for all other tasks' heads saves a tenth of the time where there are many.
     for i, places in enumerate(_places(outputs, inputs) if len(outputs) > 4 else everywhere):
         keep = keep_graph or i + 1 < len(outputs)
-        asked = [inputs[k] for k in places]
+        asked = [edges.get(k, inputs[k]) for k in places]
         found = gradient(outputs[i], asked, keep_graph=keep, narrow=graph.narrow, check=check)
-        yield {k: g for k, g in zip(places, found, strict=True) if g is not None}
+        reached = {k: g for k, g in zip(places, found, strict=True) if g is not None}
+        yield {k: convolutions[k][1](g) if k in convolutions else g for k, g in reached.items()}
 
 
 def _places(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[list[int]]:
