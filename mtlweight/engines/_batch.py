@@ -313,7 +313,7 @@ class Batch:
                 gradients = batched.gradients(graph, every, keep_graph=keep)
             else:
                 if coefficients is None and self.means is None and not whole:  # else rows of several parts add up
-                    layers = linear(graph, inputs, len(outputs))
+                    layers = linear(graph, inputs, lambda layer: layer.compares(len(outputs)))
                 gradients = rows.gradients(graph, every, keep_graph=keep, layers=layers)
             factors = {k: layer.x for k, layer in layers.items()}
             return Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole, factors=factors)

@@ -37,7 +37,7 @@ def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) ->
     if known is None or Needs.ALIGNMENT not in plan.needs or plan.alignment_engine not in ("auto", "forward"):
         return Batch(plan.named(losses()), plan, known)
     parameters = known().parameters
-    tangents, size = unit(known().tangents) if known().narrow else (known().tangents, 1.0)
+    tangents, size = unit(known().tangents) if known().narrow else (known().terms, 1.0)
     names = forward.names(plan.modules)
     if any(id(p) not in names for p in parameters):
         if plan.engine == "forward":
@@ -59,7 +59,7 @@ def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) ->
         plan.warn("forward", forward.cause(error))
         return batch
     if plan.use is not None and plan.use.scope == "main":
-        kept, _ = main_scope(plan, present, parameters, tangents)
+        kept, _ = main_scope(plan, present, parameters, parameters)
         outside = {id(p) for p in parameters} - {id(p) for p in kept}
         if any(id(p) in outside for p in Backward(present.values()).leaves):
             plan.warn("forward", "the reference reaches heads of other tasks, which scope='main' leaves out")

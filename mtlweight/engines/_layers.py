@@ -38,13 +38,48 @@ class Linear:
     x: Tensor
     weight: Tensor
 
-    def saves(self, count: int) -> bool:
+    def compares(self, count: int) -> bool:
         """Whether inner products of so many gradients take less arithmetic if the gradients are not made.
 
         Counted are ``x xᵀ`` and ``(x xᵀ) δ``, twice because of float64, against ``δᵀ x`` for all but one.
         """
         (n, inputs), outputs = self.x.shape, len(self.weight)
         return 2 * n * (inputs + count * outputs) <= (count - 1) * inputs * outputs
+
+    def leads(self) -> bool:
+        """Whether derivatives along the gradient take less arithmetic if it is not made: see :class:`Factors`.
+
+        Counted for as many samples as here: ``(z xᵀ) δ`` against ``δᵀ x`` and ``z (δᵀ x)ᵀ``, of which it takes half.
+        """
+        (n, inputs), outputs = self.x.shape, len(self.weight)
+        return self.x.dtype in (torch.float32, torch.float64) and 2 * n * (inputs + outputs) <= inputs * outputs
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A gradient ``δᵀ x`` of a linear layer's weight, which is not made unless it must be.
+
+    Args:
+        delta: ``[N, out]``.
+        x: ``[N, in]``.
+    """
+
+    delta: Tensor
+    x: Tensor
+
+    @functools.cached_property
+    def dense(self) -> Tensor:
+        """``[out, in]``."""
+        return self.delta.T @ self.x
+
+    def along(self, z: Tensor) -> Tensor:
+        """The derivative of ``z Wᵀ`` where ``W`` moves along it, ``[..., out]``, from ``z``, ``[..., in]``."""
+        return z @ self.x.T @ self.delta
+
+
+def made(gradient: Tensor | Factors) -> Tensor:
+    """The gradient as one tensor."""
+    return gradient.dense if isinstance(gradient, Factors) else gradient
 
 
 class GrayConvolution:
@@ -92,12 +127,12 @@ Stops = Mapping[int, tuple[GradientEdge, Callable[[Tensor], Tensor]]]
 """By the place of an input: where the backward may stop, and what makes the input's gradient of the one there."""
 
 
-def linear(graph: Backward, inputs: Sequence[Tensor], count: int) -> dict[int, Linear]:
-    """The linear layers where inner products of ``count`` gradients take less arithmetic without the gradients."""
+def linear(graph: Backward, inputs: Sequence[Tensor], wanted: Callable[[Linear], bool]) -> dict[int, Linear]:
+    """The linear layers that are wanted, if their weight is among the inputs and has no other use in the graph."""
     found = {}
     for k, _, user in _used_once(graph, inputs, lambda p: p.ndim == 2 and p.numel() >= LONG):
         layers = graph.users.get(user, [])  # of the transposed weight
-        if count < 2 or user.name() != "TBackward0" or len(layers) != 1:
+        if user.name() != "TBackward0" or len(layers) != 1:
             continue
         for name, place, saved in (("AddmmBackward0", 2, "mat1"), ("MmBackward0", 1, "self")):
             node = layers[0]
@@ -110,7 +145,7 @@ def linear(graph: Backward, inputs: Sequence[Tensor], count: int) -> dict[int, L
             x = _saved(node, saved)
             if x is not None and statistics_dtype(x.device) == torch.float64:
                 layer = Linear(GradientEdge(node, 0), x, inputs[k])
-                if layer.saves(count):
+                if wanted(layer):
                     found[k] = layer
     return found
 

@@ -163,6 +163,12 @@ class Plan:
         """The engine for alignments."""
         return self.engine if self.engine in ALIGNMENT_ENGINES else "auto"
 
+    @property
+    def follows(self) -> bool:
+        """Whether the losses are to be followed along the reference's gradient, by the forward engine."""
+        forward = self.alignment_engine in ("auto", "forward") and "forward" not in self.broken
+        return forward and self.processes is None
+
     def confirm(self, engine: str) -> bool:
         """Counts a use of the engine, and says whether to confirm what it finds."""
         self.uses[engine] += 1

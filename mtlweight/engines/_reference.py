@@ -13,6 +13,7 @@ from mtlweight._view import Needs
 from mtlweight._weighting import ReferenceUse
 from mtlweight.engines import _losses
 from mtlweight.engines._graph import Backward
+from mtlweight.engines._layers import Factors, Linear, gray_convolutions, linear, made
 from mtlweight.engines._plan import Plan
 from mtlweight.engines._range import dense, gradient, wide
 
@@ -34,7 +35,9 @@ class Reference:
             shared = trainable if use.scope == "all" else {id(p) for p in plan.shared_for("the alignment")}
         allowed = shared | trainable if use.scope == "main" and shared else shared
         total: dict[Tensor, Tensor] = {}
+        factors: dict[Tensor, Factors] = {}
         self.narrow = False
+        follows = plan.follows and not (use.learn or use.ema or use.unit or outer)
 
         def add(share: float, loss: Tensor) -> None:
             graph = Backward([loss])
@@ -47,11 +50,20 @@ class Reference:
             # It may share its graph with the losses. And a compiled model whose first backward may free the graph
             # refuses later ones that keep it, which the rows need.
             self.narrow |= graph.narrow
-            found = gradient(loss, wanted, keep_graph=True, narrow=graph.narrow, check=bool(graph.compiled))
-            for p, g in zip(wanted, found, strict=True):
-                if g is not None:
-                    term = wide(dense(g)) if share == 1 else share * wide(dense(g))
-                    total[p] = total[p] + term if p in total else term
+            layers = linear(graph, wanted, Linear.leads) if follows and not graph.narrow else {}
+            asked = [layers[k].output if k in layers else p for k, p in enumerate(wanted)]
+            stops, check = gray_convolutions(graph, wanted), bool(graph.compiled)
+            found = gradient(loss, asked, keep_graph=True, narrow=graph.narrow, check=check, stops=stops)
+            for k, (p, g) in enumerate(zip(wanted, found, strict=True)):
+                if g is None:
+                    continue
+                term = wide(dense(g)) if share == 1 else share * wide(dense(g))
+                if k in layers and p not in total and p not in factors:
+                    factors[p] = Factors(term, layers[k].x)
+                    continue
+                term = Factors(term, layers[k].x).dense if k in layers else term
+                before = factors.pop(p).dense if p in factors else total.get(p)
+                total[p] = term if before is None else before + term
 
         def gradients() -> dict[Tensor, Tensor]:
             self.by_name = _losses.visit(objective, add, use.main)
@@ -66,9 +78,9 @@ class Reference:
         self.outer = [(p, g) for p, g in own.items() if id(p) in outer]
         self.learnt = [(p, g) for p, g in own.items() if id(p) not in outer] if use.learn else []
         self._all = total
-        self.parameters = [p for p in total if id(p) in allowed]
+        self.parameters = [p for p in (*factors, *total) if id(p) in allowed]
         plan.expect_real(self.parameters)
-        self.tangents = [total[p] for p in self.parameters]
+        self.terms: list[Tensor | Factors] = [factors[p] if p in factors else total[p] for p in self.parameters]
         if shared and not any(id(p) in shared for p in self.parameters):
             wanting, through = (
                 ("parameter of the optimizer", "with the optimizer's")
@@ -85,11 +97,16 @@ class Reference:
                 "outer parameters, found others only. Use the same model for losses and reference."
             )
         if use.ema:
-            self.tangents = self._averaged(use.ema, plan)
+            self.terms = [*self._averaged(use.ema, plan)]
         if use.unit:
             dtype = statistics_dtype(self.tangents[0].device)  # squares of small numbers are 0 in float32
             norm = torch.stack([torch.linalg.vector_norm(g, dtype=dtype) for g in self.tangents]).norm()
-            self.tangents = [g / torch.where(norm > 0, norm, 1.0).to(g.dtype) for g in self.tangents]
+            self.terms = [g / torch.where(norm > 0, norm, 1.0).to(g.dtype) for g in self.tangents]
+
+    @property
+    def tangents(self) -> list[Tensor]:
+        """The gradient over :attr:`parameters`."""
+        return [made(term) for term in self.terms]
 
     def expect_finite(self, plan: Plan) -> None:
         """Raises if the reference is to blame for an alignment that is not finite."""

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from mtlweight.engines._again import snapshot
 from mtlweight.engines._confirm import DISAGREES, confirmed
 from mtlweight.engines._graph import Backward
-from mtlweight.engines._tangents import RULES
+from mtlweight.engines._layers import Factors, made
+from mtlweight.engines._tangents import RULES, along_factors
 
 
 class _Closure(nn.Module):
@@ -34,10 +37,57 @@ class _Closure(nn.Module):
         return self.closure()
 
 
+class _Factored:
+    """Weights of linear layers that move along a gradient which is not made: see :class:`Factors`.
+
+    Only a linear layer can use them so. Wherever else one is used, a dual number takes its place.
+
+    Args:
+        factors: by weight, under the name that the modules have for it.
+    """
+
+    def __init__(self, factors: Mapping[Tensor, Factors]) -> None:
+        self._factors = {id(weight): (weight, gradient) for weight, gradient in factors.items()}
+        self._duals: dict[int, Tensor] = {}
+        self._seen: set[Node | None] = set()
+
+    def __contains__(self, value: Any) -> bool:
+        return id(value) in self._factors
+
+    def linear(self, given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A linear layer with one of them."""
+        own = weight.view_as(weight)  # by whose node this use is known
+        self._seen.add(own.grad_fn)
+        return along_factors(given, own, bias, self._factors[id(weight)][1])
+
+    def replaced(self, value: Any) -> Any:
+        """Arguments of another function, with dual numbers in the place of these weights."""
+        if type(value) in (list, tuple):
+            return type(value)(map(self.replaced, value))
+        if value not in self or not torch.is_grad_enabled():
+            return value
+        if id(value) not in self._duals:
+            weight, factors = self._factors[id(value)]
+            self._duals[id(value)] = dual = forward_ad.make_dual(weight, factors.dense.to(weight.dtype))
+            self._seen.add(dual.grad_fn)
+        return self._duals[id(value)]
+
+    def expect_seen(self, graph: Backward) -> None:
+        """Raises if a weight was used without anyone seeing it, so that a derivative is missing."""
+        for weight, _ in self._factors.values():
+            node = weight.grad_fn
+            if node is not None and any(user not in self._seen for user in graph.users.get(node, ())):
+                raise RuntimeError(f"a parameter of shape {list(weight.shape)} is used past torch's function modes")
+
+
 class _Corrections(TorchFunctionMode):
     """Things that torch's forward mode does otherwise than is right, or cheap."""
 
     checkpointed = False
+
+    def __init__(self, factored: _Factored | None = None) -> None:
+        super().__init__()
+        self._factored = factored
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         hooks = _saved_tensors_hooks(True)
@@ -46,8 +96,14 @@ class _Corrections(TorchFunctionMode):
         plain = torch._C._functorch.peek_interpreter_stack() is None  # not inside of vmap and the like
         if plain and func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             raise RuntimeError("a gradient inside the losses has no forward derivative")
+        kwargs, factored = kwargs or {}, self._factored
+        if factored is not None and getattr(func, "__name__", "") != "__get__":
+            layer = plain and func is functional.linear and not kwargs and torch.is_grad_enabled()
+            if layer and args[1] in factored and args[0] not in factored:
+                return factored.linear(*args)
+            args, kwargs = factored.replaced(args), {name: factored.replaced(v) for name, v in kwargs.items()}
         rule = RULES.get(func) if args and plain else None
-        result = func(*args, **(kwargs or {})) if rule is None else rule(func, *args, **(kwargs or {}))
+        result = func(*args, **kwargs) if rule is None else rule(func, *args, **kwargs)
         if func is torch._C._set_grad_enabled:
             # `no_grad` is to stop forward derivatives too: torch itself lets them through.
             torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())
@@ -77,7 +133,7 @@ def losses_and_tangents(
     modules: Sequence[nn.Module],
     names: Mapping[int, Sequence[str]],
     parameters: Sequence[Tensor],
-    tangents: Sequence[Tensor],
+    tangents: Sequence[Tensor | Factors],
     *,
     confirm: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -92,7 +148,7 @@ def losses_and_tangents(
         modules: own all ``parameters``.
         names: what :func:`names` says of the modules.
         parameters: the point.
-        tangents: ``g``, one tensor a parameter.
+        tangents: ``g``, one a parameter.
         confirm: whether to compare the sum of the derivatives with a backward's.
 
     Returns:
@@ -108,23 +164,29 @@ def losses_and_tangents(
     restore = snapshot(modules)
     try:
         with forward_ad.dual_level(), forward_ad._set_fwd_grad_enabled(True):
-            duals = {
-                p: forward_ad.make_dual(p, g.to(p.dtype).reshape(p.shape))
-                for p, g in zip(parameters, tangents, strict=True)
+            pairs = list(zip(parameters, tangents, strict=True))
+            duals = {  # of a weight whose gradient is not made, another name alone
+                p: p.view_as(p) if isinstance(g, Factors) else forward_ad.make_dual(p, g.to(p.dtype).reshape(p.shape))
+                for p, g in pairs
             }
             _own_gradients(duals.values())
             swapped = {name: dual for p, dual in duals.items() for name in names[id(p)]}
-            with _Corrections() as corrections, sdpa_kernel(SDPBackend.MATH):
+            factors = {duals[p]: g for p, g in pairs if isinstance(g, Factors)}
+            factored = _Factored(factors) if factors else None
+            with _Corrections(factored) as corrections, sdpa_kernel(SDPBackend.MATH):
                 returned = torch.func.functional_call(module, swapped, (), tie_weights=False)
             if corrections.checkpointed:
                 # Torch would notice in the backward: the second forward has no dual numbers, and saves fewer tensors.
                 raise RuntimeError("activation checkpointing recomputes without forward derivatives")
             losses = named(returned)
-            for p in Backward(losses.values()).bypassed(duals):  # its derivative would be missing
+            graph = Backward(losses.values())
+            if factored is not None:
+                factored.expect_seen(graph)
+            for p in graph.bypassed(duals):  # its derivative would be missing
                 raise RuntimeError(f"a parameter of shape {list(p.shape)} is used outside model= and shared=")
             parts = {task: _split(loss) for task, loss in losses.items()}
         primals, found = ({task: part[k] for task, part in parts.items()} for k in (0, 1))
-        if confirm and not confirmed([*primals.values()], parameters, tangents, [*found.values()]):
+        if confirm and not confirmed([*primals.values()], parameters, [made(g) for g in tangents], [*found.values()]):
             raise RuntimeError(DISAGREES)
         return primals, found
     except RuntimeError:

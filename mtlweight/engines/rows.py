@@ -27,16 +27,16 @@ def gradients(
         layers: linear layers by the place of their weight, whose gradient is not made: ``δ`` is in its place.
     """
     outputs, check = graph.outputs, bool(graph.compiled)
-    products, convolutions = layers or {}, gray_convolutions(graph, inputs)
-    edges = {k: layer.output for k, layer in products.items()} | {k: edge for k, (edge, _) in convolutions.items()}
+    edges = {k: layer.output for k, layer in (layers or {}).items()}
+    convolutions = gray_convolutions(graph, inputs)
     everywhere = [range(len(inputs))] * len(outputs)
     # Not to ask for all other tasks' heads saves a tenth of the time where there are many.
     for i, places in enumerate(_places(outputs, inputs) if len(outputs) > 4 else everywhere):
         keep = keep_graph or i + 1 < len(outputs)
         asked = [edges.get(k, inputs[k]) for k in places]
-        found = gradient(outputs[i], asked, keep_graph=keep, narrow=graph.narrow, check=check)
-        reached = {k: g for k, g in zip(places, found, strict=True) if g is not None}
-        yield {k: convolutions[k][1](g) if k in convolutions else g for k, g in reached.items()}
+        stops = {j: convolutions[k] for j, k in enumerate(places) if k in convolutions}
+        found = gradient(outputs[i], asked, keep_graph=keep, narrow=graph.narrow, check=check, stops=stops)
+        yield {k: g for k, g in zip(places, found, strict=True) if g is not None}
 
 
 def _places(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mtlweight import MGDA, MultiTaskOptimizer, Needs, NonFiniteError, PCGrad
+from mtlweight import MGDA, MultiTaskOptimizer, Needs, NonFiniteError, PCGrad, SLGrad
 from mtlweight.engines import _layers
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._rows import Product
 from tests.benchmarks._measure import MIB, peak_memory
+from tests.engines.test_alignment import combined, optimizer_for
 from tests.engines.test_gradients import WEIGHTS, Reader, of_equal, written
-from tests.engines.zoo import NETWORKS, close, jacobian, problem
+from tests.engines.zoo import NETWORKS, alignment, close, jacobian, problem
 
 WIDE = 256
 """Of square layers that are long enough to count."""
@@ -26,7 +27,7 @@ def eager(monkeypatch):
     """All linear layers count, whatever it saves; the list says of which ones gradients were not made."""
     seen = []
     monkeypatch.setattr(_layers, "LONG", 0)
-    monkeypatch.setattr(_layers.Linear, "saves", lambda layer, _: seen.append(layer.weight) or True)
+    monkeypatch.setattr(_layers.Linear, "compares", lambda layer, _: seen.append(layer.weight) or True)
     return seen
 
 
@@ -119,7 +120,7 @@ def test_a_wide_layer_alone_has_no_gradient_in_memory_but_the_step(device):
 
 def unequal(model, x):
     """Of this model and data nothing may be taken for a layer with one weight."""
-    found = _layers.linear(Backward([*means(model(x))]), list(model.parameters()), 40)
+    found = _layers.linear(Backward([*means(model(x))]), list(model.parameters()), lambda _: True)
     assert not found
     agree(model, lambda: means(model(x).tanh()))
 
@@ -167,7 +168,7 @@ def test_what_checkpointing_or_offloading_packs_is_not_unpacked_for_a_look():
         return model[1](model[0](x).tanh())
 
     losses = means(checkpoint(counted, x, use_reentrant=False))
-    assert not _layers.linear(Backward([*losses]), list(model.parameters()), 40)
+    assert not _layers.linear(Backward([*losses]), list(model.parameters()), lambda _: True)
     measured(model, losses)
     assert len(calls) == 1 + 3  # once for each task
 
@@ -285,3 +286,148 @@ def test_a_frozen_bias_is_no_hindrance():
     row = jacobian(dict(enumerate(means(model(x).tanh(), 2))), [model.weight])
     assert close(report.gramian, row @ row.T)
     assert close(gradients["weight"].flatten(), report.weights @ row)
+
+
+@pytest.fixture
+def followed(monkeypatch):
+    """No gradient of a linear layer's weight is made for the forward engine; counts those that are made after all."""
+    made, dense = [], _layers.Factors.dense.func
+    monkeypatch.setattr(_layers, "LONG", 0)
+    monkeypatch.setattr(_layers.Linear, "leads", lambda _: True)
+    monkeypatch.setattr(_layers.Factors, "dense", property(lambda factors: made.append(factors) or dense(factors)))
+    return made
+
+
+@pytest.mark.usefixtures("followed")
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scope": "all"}, {"scope": "main"}, {"learn_reference": True}, {"ema": 0.5}, {"lookahead": True}],
+    ids=str,
+)
+def test_alignments_are_those_along_a_gradient_that_is_made(network, options, device, monkeypatch):
+    def aligned():
+        p = problem(NETWORKS[network], device=device)
+        optimizer = optimizer_for(p, SLGrad("left", **options))
+        return combined(p, optimizer, p.sample_losses), [q.grad for q in p.model.parameters()]
+
+    report, gradients = aligned()
+    monkeypatch.setattr(_layers.Linear, "leads", lambda _: False)
+    expected, right = aligned()
+    assert report.engine == expected.engine
+    assert close(report.alignment, expected.alignment)
+    assert all((a is None and b is None) or close(a, b) for a, b in zip(gradients, right, strict=True))
+
+
+class Along(nn.Module):
+    """Two wide layers, with two tasks and a reference."""
+
+    def __init__(self, use=None, dtype=torch.float64):
+        super().__init__()
+        self.layers, self.use = square(2, dtype=dtype, width=8), use
+        generator = torch.Generator().manual_seed(1)
+        self.x, self.held_out = torch.randn(2, 5, 8, generator=generator).to(dtype)
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x).tanh())
+
+    def losses(self):
+        outputs = self.forward(self.x)
+        extra = self.use(self.layers[0], self.x) if self.use is not None else 0
+        return {"a": outputs.square().mean(dim=1) + extra, "b": outputs.sin().mean(dim=1) + extra}
+
+    def reference(self):
+        return self.forward(self.held_out).square().mean()
+
+    def report(self, reference=None, steps=1, **options):
+        options = {"shared": self.layers, **options}
+        optimizer = MultiTaskOptimizer(torch.optim.SGD(self.parameters(), lr=0.0), SLGrad("a"), **options)
+        for _ in range(steps):
+            optimizer.combine(self.losses, reference=reference or self.reference).backward()
+            optimizer.step()
+        return optimizer.report
+
+
+def test_no_gradient_is_made_where_only_linear_layers_use_their_weights(followed):
+    Along().report(steps=3)
+    once = len(followed)
+    Along().report(steps=2)
+    assert once == len(followed) - once == 2 * 2  # both layers, for each of two comparisons with a backward
+
+
+def out_of_sight(layer, x):
+    with torch._C.DisableTorchFunction():
+        return (x @ layer.weight.t()).sum(dim=1)
+
+
+ELSEWHERE = {
+    "its norm": lambda layer, _: layer.weight.square().sum(),
+    "in a list": lambda layer, _: torch.stack([layer.weight, layer.weight.sin()]).sum(),
+    "as a product": lambda layer, x: (x @ layer.weight.t()).sum(dim=1),
+    "by name": lambda layer, x: nn.functional.linear(input=x, weight=layer.weight).sum(dim=1),
+    "as data": lambda layer, _: nn.functional.linear(layer.weight, layer.weight).sum(),
+    "in a second call": lambda layer, x: layer(x.sin()).sum(dim=1),
+    "without a gradient": lambda layer, x: (layer(x) * layer.weight.sum()).detach().sum(dim=1) * layer.bias.sum(),
+    "under no_grad, then with": lambda layer, x: no_grad(layer, x) * layer.weight.square().sum(),
+    "under vmap": lambda layer, x: torch.func.vmap(layer)(x).sum(dim=1),
+    "out of sight": out_of_sight,
+}
+
+
+@torch.no_grad()
+def no_grad(layer, x):
+    return layer(x).sum(dim=1) + layer.weight.sin().sum()
+
+
+@pytest.mark.usefixtures("followed")
+@pytest.mark.parametrize("use", ELSEWHERE)
+def test_a_weight_may_be_used_in_any_other_way_as_well(use):
+    model = Along(ELSEWHERE[use])
+    if use == "out of sight":
+        with pytest.warns(UserWarning, match=r"a parameter of shape \[8, 8\] is used past torch's function modes"):
+            report = model.report()
+        assert report.engine == "pullback"
+    else:
+        report = model.report()
+        assert report.engine == "forward"
+    expected = alignment(model.losses(), model.reference(), list(model.layers.parameters()))
+    assert close(report.alignment, expected)
+
+
+@pytest.mark.usefixtures("followed")
+def test_several_references_that_use_one_layer_add_up():
+    model = Along()
+    references = [model.reference, lambda: model.layers(model.x).cos().mean()]
+    report = model.report(references)
+    mean = sum(reference() for reference in references) / 2
+    assert close(report.alignment, alignment(model.losses(), mean, list(model.layers.parameters())))
+
+
+@pytest.mark.usefixtures("followed")
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_alignments_in_float32_are_as_exact_as_along_a_gradient_that_is_made(mean, monkeypatch):
+    def error():
+        model = Along(dtype=torch.float32)
+        model.x, model.held_out = model.x + mean, model.held_out + mean
+        found = model.report().alignment
+        model.double()
+        model.x, model.held_out = model.x.double(), model.held_out.double()
+        expected = alignment(model.losses(), model.reference(), list(model.layers.parameters()))
+        return float((found - expected).abs().max() / expected.abs().max())
+
+    factored = error()
+    monkeypatch.setattr(_layers.Linear, "leads", lambda _: False)
+    assert factored < 1e-6 + 10 * error()
+
+
+def test_layers_count_where_they_have_many_more_weights_than_samples():
+    x, weight = torch.empty(64, 784, device="meta"), torch.empty(512, 784, device="meta")
+    layer = _layers.Linear(None, x, weight)
+    assert layer.leads()
+    assert layer.compares(2)
+    assert not layer.compares(1)
+    for n in (256, 4096):
+        more = _layers.Linear(None, torch.empty(n, 784, device="meta"), weight)
+        assert not more.leads()
+        assert not more.compares(2)
+    assert not _layers.Linear(None, x.bfloat16(), weight).leads()
