@@ -399,14 +399,15 @@ class MultiTaskOptimizer(Optimizer):
 
     def _plan(self, start: _Pending, mask: Any = None) -> Plan:
         r = self._record
+        outer = parameters(r.outer)
         return Plan(
             weighting=r.weighting,
             use=r.weighting.reference,
             needs=r.weighting.needs_at(r.step),
             engine=r.engine,
             heads=r.heads,
-            list_shared=lambda: None if r.shared is None else parameters(r.shared, without=parameters(r.outer)),
-            outer=parameters(r.outer) if r.outer else [],
+            list_shared=lambda: None if r.shared is None else parameters(r.shared, without=outer),
+            outer=outer,
             keep_graph=r.penalty is not None,
             optimizer=r.optimizer,
             modules=self._modules(),

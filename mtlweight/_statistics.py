@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import cmath
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,17 +42,15 @@ def gramian_of(*blocks: Tensor | Sequence[Tensor], columns: int = 1 << 20) -> Te
     device = blocks[0][0].device
     dtype = statistics_dtype(device)
     parts = [part for block in blocks for part in _split(block, columns)]
-    total = torch.zeros(len(blocks[0]), len(blocks[0]), dtype=dtype, device=device)
-    for part in parts:
-        total += _products(part)
+    if not parts:
+        return torch.zeros(len(blocks[0]), len(blocks[0]), dtype=dtype, device=device)
+    total = _symmetric([_products(part) for part in parts], dtype)
     squares = total.diagonal().tolist()  # no entry is larger, by Cauchy and Schwarz
-    if not parts or all(1e-18 < square < 1e36 for square in squares):
+    if all(1e-18 < square < 1e36 for square in squares):
         return total
     size = torch.stack([row_sizes(_stacked(part)) for part in parts]).amax(dim=0)[:, None]
-    total.zero_()
-    for part in parts:
-        unit = _stacked(part) / torch.where(size == 0, 1.0, size)
-        total += _square(unit)
+    unit = torch.where(size == 0, 1.0, size)
+    total = _symmetric([rows @ rows.T for rows in (_stacked(part) / unit for part in parts)], dtype)
     return total * size.to(dtype) * size.T.to(dtype)
 
 
@@ -67,17 +64,21 @@ def _products(rows: Tensor | Sequence[Tensor]) -> Tensor:
     m = len(rows)
     if not isinstance(rows, Tensor) and rows[0].device.type == "cpu" and m <= 10 and len(rows[0]) > 1 << 16:
         # A copy into one block would cost more than these products, each of which runs over memory twice.
-        pairs = torch.zeros(m, m, dtype=rows[0].dtype)
-        for i, j in itertools.combinations_with_replacement(range(m), 2):
-            pairs[i, j] = pairs[j, i] = torch.dot(rows[i], rows[j])
-        return pairs
-    return _square(_stacked(rows))
+        pairs = [[torch.dot(rows[i], rows[j]).item() for j in range(i + 1)] for i in range(m)]
+        return torch.tensor([[pairs[max(i, j)][min(i, j)] for j in range(m)] for i in range(m)], dtype=rows[0].dtype)
+    rows = _stacked(rows)
+    return rows @ rows.T
 
 
-def _square(rows: Tensor) -> Tensor:
-    """``J Jᵀ``, symmetric to the last bit, as torch's product of a float32 matrix mostly is not."""
-    product = rows @ rows.T
-    return (product + product.T) / 2
+def _symmetric(products: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Their sum, symmetric to the last bit, as torch's product of a float32 matrix mostly is not."""
+    m = len(products[0])
+    if products[0].is_cpu and m * m <= FEW:
+        each = [product.tolist() for product in products]
+        half = [[sum(p[i][j] + p[j][i] for p in each) / 2 for j in range(i + 1)] for i in range(m)]
+        return torch.tensor([[half[max(i, j)][min(i, j)] for j in range(m)] for i in range(m)], dtype=dtype)
+    total = functools.reduce(torch.add, (product.to(dtype) for product in products))
+    return (total + total.T) / 2
 
 
 def _stacked(rows: Tensor | Sequence[Tensor]) -> Tensor:

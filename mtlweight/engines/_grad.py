@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -135,18 +136,17 @@ def grad(
         MTLWeightError: in place of errors of torch's that have a known remedy; and if the two runs differ.
     """
     edges = {k: edge.node for k, edge in enumerate(inputs) if isinstance(edge, GradientEdge)}
+    hooks = any(isinstance(x, Tensor) and x.is_leaf and x._backward_hooks for x in inputs)
+    pull: Callable[..., tuple[Tensor | None, ...]] = functools.partial(
+        torch.autograd.grad, outputs, inputs, cotangents, allow_unused=True, **options
+    )
 
     def run() -> tuple[Tensor | None, ...]:
+        if not edges and not hooks:
+            return pull(retain_graph=retain_graph)
         with unhooked(inputs), _watched(edges.values()) as passed:
-            found = torch.autograd.grad(
-                outputs,
-                inputs,  # type: ignore[arg-type]  # it takes tensors beside edges
-                cotangents,
-                retain_graph=retain_graph,
-                allow_unused=True,
-                **options,
-            )
-        return tuple(passed.get(edges[k], g) if k in edges else g for k, g in enumerate(found)) if passed else found
+            found = pull(retain_graph=retain_graph)
+        return tuple(passed.get(edges[k], g) if k in edges else g for k, g in enumerate(found))
 
     if not inputs:
         return ()

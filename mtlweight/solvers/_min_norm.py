@@ -1,5 +1,7 @@
 """The shortest vector in the convex hull of the rows of J, from the Gramian alone."""
 
+import math
+
 import numpy as np
 
 from mtlweight.solvers._cancelling import cancelling
@@ -70,6 +72,9 @@ def min_norm(gramian: Array) -> Solution:
         - O. Sener and V. Koltun, "Multi-task learning as multi-objective optimization", 1810.04650, 2018.
         - C. Lawson and R. Hanson, "Solving Least Squares Problems", 1974, chapter 23: the active set.
     """
+    plain = _two(np.asarray(gramian, dtype=np.float64))
+    if plain is not None:
+        return plain
     norms, C, _ = rows = rows_of(gramian, "min_norm")
     least = norms.min()
     if least == 0.0:
@@ -79,6 +84,23 @@ def min_norm(gramian: Array) -> Solution:
     if len(d) > 2 and rows.pivot < _DEPENDENT:
         z = _vanishing(C, d, z)
     return Solution(z * d / (z @ d), promised("min_norm", kkt(C, d, z), len(d)))
+
+
+def _two(G: Array) -> Solution | None:
+    """The closed form for two gradients, number by number; `None` unless they are plainly there and independent."""
+    if G.shape != (2, 2):
+        return None
+    (a, c), (d, b) = G.tolist()
+    least, most = 1e-290, 1e290
+    if not (c == d and least < a < most and least < b < most and abs(c) < 0.999 * math.sqrt(a) * math.sqrt(b)):
+        return None  # nor are they finite, and the Gramian symmetric and positive semidefinite, otherwise
+    u, v = max(b - c, 0.0), max(a - c, 0.0)
+    u, v = u / (u + v), v / (u + v)
+    x, y = a * u + c * v, c * u + b * v
+    norms = math.sqrt(a), math.sqrt(b)
+    square = u * x + v * y
+    residual = max((square - x) / norms[0], (square - y) / norms[1], 0.0) / (u * norms[0] + v * norms[1])
+    return Solution(np.array([u, v]), residual) if residual < TOLERANCE else None
 
 
 def _vanishing(C: Array, d: Array, z: Array) -> Array:
