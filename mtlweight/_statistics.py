@@ -101,25 +101,14 @@ FEW = 64
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity."""
-    if len(tensors) == 1 and _is_short(tensors[0]):
-        return _is_finite(tensors[0])
+    if len(tensors) == 1 and tensors[0].ndim < 2 and tensors[0].numel() <= FEW and not tensors[0].is_sparse:
+        return all(map(cmath.isfinite, tensors[0].reshape(-1).tolist()))
     # Sums are cheapest on the CPU; a norm of all takes one transfer from elsewhere. Either may overflow though all
     # values are finite, and then the largest value decides.
-    if all(tensor.is_cpu and _is_finite(tensor) for tensor in tensors):
+    if all(tensor.is_cpu for tensor in tensors) and all(map(cmath.isfinite, [t.sum().item() for t in tensors])):
         return True
     some = [tensor for tensor in tensors if tensor.numel()]  # torch takes no largest value of none
     return any(bool(nn.utils.get_total_norm(some, p).isfinite()) for p in (2.0, torch.inf))
-
-
-def _is_short(tensor: Tensor) -> bool:
-    return tensor.ndim < 2 and tensor.numel() <= FEW and not tensor.is_sparse
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    tensor = tensor.detach() if tensor.requires_grad else tensor
-    if _is_short(tensor):
-        return all(map(cmath.isfinite, tensor.reshape(-1).tolist()))
-    return cmath.isfinite(tensor.sum().item())
 
 
 def tensors_of(state: Any) -> Iterator[Tensor]:
