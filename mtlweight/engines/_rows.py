@@ -119,7 +119,7 @@ class Rows:
         device = self.inputs[0].device
         if gradient is None:
             return torch.zeros(self.inputs[k].numel(), dtype=self.dtype, device=device)
-        return dense(gradient).flatten().to(device, self.dtype)
+        return cast(dense(gradient).flatten(), self.dtype, device)
 
     @property
     def reached(self) -> bool:

@@ -29,6 +29,9 @@ def _bilinear(
     with torch.no_grad():
         if dw is None:
             tangent = func(dx, w, db, *options, **named)
+        elif dx is not None and func is not functional.linear and w.shape[1] == x.shape[1 - w.ndim]:
+            # Of one group: both sums over channels are one.
+            tangent = func(torch.cat([x, dx], 1 - w.ndim), torch.cat([dw, w], 1), db, *options, **named)
         else:
             tangent = func(x, dw, db, *options, **named)
             if dx is not None:

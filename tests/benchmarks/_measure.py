@@ -18,6 +18,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 MIB = 2**20
+SETTLED = 32
+"""Uses of an engine after which its next comparison with a backward, the 64th, is far: see :func:`settled`."""
 FEWEST = 5
 """Rounds that a row gets even where they last long, unless fewer are asked for."""
 
@@ -112,6 +114,17 @@ def measure(row: Row, settings: Settings) -> dict[str, Any]:
     residuals = {name: residual() for name, residual in row.residuals.items()}
     found = {"ms": times, "mib": memory, "residuals": residuals, "ratios": ratios}
     return {"table": row.table, "label": row.label, "rounds": rounds, **found}
+
+
+def settled(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A contestant in the state that it is in for most of a training.
+
+    Alignments are compared with a backward at the 1st, 2nd, 4th, 8th, ... use: a few rounds after the start it would be
+    in most of them, and over a training it is in next to none.
+    """
+    for _ in range(SETTLED):
+        run()
+    return run
 
 
 def compare(ratio: Ratio, values: dict[str, list[float]]) -> dict[str, Any]:

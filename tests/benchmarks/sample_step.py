@@ -7,7 +7,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.func import functional_call
 
 import mtlweight
-from tests.benchmarks._measure import Ratio, Row, Settings
+from tests.benchmarks._measure import Ratio, Row, Settings, settled
 from tests.benchmarks._models import Problem, problem
 
 TABLE = "sample step"
@@ -24,8 +24,8 @@ def rows(settings: Settings) -> Iterator[Row]:
 def row(p: Problem, model: str) -> Row:
     contestants = {
         "plain": plain(p.fresh()),
-        "SLGrad": slgrad(p.fresh(), callables=True),
-        "SLGrad, given tensors": slgrad(p.fresh(), callables=False),
+        "SLGrad": settled(slgrad(p.fresh(), callables=True)),
+        "SLGrad, given tensors": settled(slgrad(p.fresh(), callables=False)),
         "by hand": by_hand(p.fresh()),
         "floor": floor(p.fresh()),
     }

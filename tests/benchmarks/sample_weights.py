@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.functional import cross_entropy
 
 import mtlweight
-from tests.benchmarks._measure import Ratio, Row, Settings
+from tests.benchmarks._measure import Ratio, Row, Settings, settled
 from tests.benchmarks._models import Problem, problem
 
 TABLE = "weights"
@@ -36,6 +36,7 @@ def row(p: Problem, model: str) -> Row:
     few = len(p.x) <= 64
     engines = ENGINES if few else ENGINES[:2]  # with more samples, the oracle takes most of an hour
     contestants = {engine: _ours(p.fresh(), engine, given) for engine in engines}
+    contestants |= {engine: settled(contestants[engine]) for engine in ENGINES[:2]}
     if len(p.x) <= 256:  # with more, a row of these takes most of an hour too
         contestants["loop"] = partial(loop, p.fresh(), given)
         contestants["loop, own graphs"] = partial(loop_own_graphs, p.fresh(), given)
