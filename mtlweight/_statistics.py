@@ -65,7 +65,9 @@ def _products(rows: Tensor | Sequence[Tensor]) -> Tensor:
     if not isinstance(rows, Tensor) and rows[0].device.type == "cpu" and m <= 10 and len(rows[0]) > 1 << 16:
         # A copy into one block would cost more than these products, each of which runs over memory twice.
         pairs = [[torch.dot(rows[i], rows[j]).item() for j in range(i + 1)] for i in range(m)]
-        return torch.tensor([[pairs[max(i, j)][min(i, j)] for j in range(m)] for i in range(m)], dtype=rows[0].dtype)
+        return torch.tensor(
+            [[pairs[max(i, j)][min(i, j)] for j in range(m)] for i in range(m)], dtype=rows[0].dtype, device="cpu"
+        )
     rows = _stacked(rows)
     return rows @ rows.T
 
@@ -76,7 +78,9 @@ def _symmetric(products: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if products[0].is_cpu and m * m <= FEW:
         each = [product.tolist() for product in products]
         half = [[sum(p[i][j] + p[j][i] for p in each) / 2 for j in range(i + 1)] for i in range(m)]
-        return torch.tensor([[half[max(i, j)][min(i, j)] for j in range(m)] for i in range(m)], dtype=dtype)
+        return torch.tensor(
+            [[half[max(i, j)][min(i, j)] for j in range(m)] for i in range(m)], dtype=dtype, device="cpu"
+        )
     total = functools.reduce(torch.add, (product.to(dtype) for product in products))
     return (total + total.T) / 2
 

@@ -18,7 +18,7 @@ from mtlweight.engines._confirm import DISAGREES, confirmed
 from mtlweight.engines._grad import explain
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import Pairs, inject_known
-from mtlweight.engines._layers import Linear, linear
+from mtlweight.engines._layers import Linear, linear_layers
 from mtlweight.engines._plan import Plan
 from mtlweight.engines._range import gradient, restored, unit, wide
 from mtlweight.engines._reference import Reference, main_scope
@@ -254,7 +254,8 @@ class Batch:
         losses = [wide(loss) for loss in self._losses.values()]
         parameters, tangents = reference.parameters, reference.tangents
         if plan.use is not None and plan.use.scope == "main":
-            parameters, tangents = main_scope(plan, self._losses, parameters, tangents)
+            places = main_scope(plan, self._losses, parameters)
+            parameters, tangents = [parameters[k] for k in places], [tangents[k] for k in places]
         tangents, size = unit(tangents) if reference.narrow or Backward(losses).narrow else (tangents, 1.0)
         engine = plan.alignment_engine
         values: Tensor | None = None
@@ -313,10 +314,10 @@ class Batch:
                 gradients = batched.gradients(graph, every, keep_graph=keep)
             else:
                 if coefficients is None and self.means is None and not whole:  # else rows of several parts add up
-                    layers = linear(graph, inputs, lambda layer: layer.compares(len(outputs)))
+                    layers = linear_layers(graph, inputs, lambda layer: layer.compares(len(outputs)))
                 gradients = rows.gradients(graph, every, keep_graph=keep, layers=layers)
-            factors = {k: layer.x for k, layer in layers.items()}
-            return Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole, factors=factors)
+            entering = {k: layer.kept() for k, layer in layers.items()}
+            return Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole, entering=entering)
         except RuntimeError as error:
             explain(error)  # gradients that are read too late
             raise

@@ -59,8 +59,7 @@ def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) ->
         plan.warn("forward", forward.cause(error))
         return batch
     if plan.use is not None and plan.use.scope == "main":
-        kept, _ = main_scope(plan, present, parameters, parameters)
-        outside = {id(p) for p in parameters} - {id(p) for p in kept}
+        outside = {id(p) for p in parameters} - {id(parameters[k]) for k in main_scope(plan, present, parameters)}
         if any(id(p) in outside for p in Backward(present.values()).leaves):
             plan.warn("forward", "the reference reaches heads of other tasks, which scope='main' leaves out")
             return Batch(present, plan, known)

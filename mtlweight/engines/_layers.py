@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node
 from mtlweight._statistics import statistics_dtype
 from mtlweight.engines._graph import Backward, leaf_of
 
-LONG = 1 << 16
+WIDE = 1 << 16
 """The weights of linear layers count from so many numbers on: with fewer there is little to win."""
 PATCHES = 1 << 23
 """Numbers in the patches of images: with more they would take a good part of a step's memory."""
@@ -38,13 +38,18 @@ class Linear:
     x: Tensor
     weight: Tensor
 
+    def kept(self) -> Tensor:
+        """``x`` for later, when somebody may have changed it in place: a buffer that data come in, or a parameter."""
+        return self.x.clone()
+
     def compares(self, count: int) -> bool:
         """Whether inner products of so many gradients take less arithmetic if the gradients are not made.
 
-        Counted are ``x xᵀ`` and ``(x xᵀ) δ``, twice because of float64, against ``δᵀ x`` for all but one.
+        Counted are ``x xᵀ`` and ``(x xᵀ) δ`` against ``δᵀ x`` for all but one. In float64 the former take twice the
+        time on a CPU, and up to 32 times on other devices.
         """
-        (n, inputs), outputs = self.x.shape, len(self.weight)
-        return 2 * n * (inputs + count * outputs) <= (count - 1) * inputs * outputs
+        (n, inputs), outputs, slower = self.x.shape, len(self.weight), 2 if self.x.is_cpu else 32
+        return slower * n * (inputs + count * outputs) <= (count - 1) * inputs * outputs
 
     def leads(self) -> bool:
         """Whether derivatives along the gradient take less arithmetic if it is not made: see :class:`Factors`.
@@ -113,13 +118,13 @@ class GrayConvolution:
         places = [(size + 2 * padding - window) // stride + 1 for size, window, stride, padding in sizes]
         return len(self._x) * math.prod(places) * self._weight[0].numel() <= PATCHES
 
-    def weight(self, delta: Tensor) -> Tensor:
-        """The gradient of the weight, from ``δ``, ``[b, out, H', W']``."""
+    def weight_gradient(self, delta: Tensor) -> Tensor:
+        """That of the weight, from ``δ``, ``[b, out, H', W']``."""
         flat = delta.transpose(0, 1).reshape(len(self._weight), -1)
         return (flat @ self._patches.T.to(flat.dtype)).view(self._weight.shape)
 
-    def bias(self, delta: Tensor) -> Tensor:
-        """The gradient of the bias: the kernel that makes it makes the weight's, too."""
+    def bias_gradient(self, delta: Tensor) -> Tensor:
+        """That of the bias: the kernel that makes it makes the weight's, too."""
         return delta.sum(dim=(0, 2, 3))
 
 
@@ -127,10 +132,10 @@ Stops = Mapping[int, tuple[GradientEdge, Callable[[Tensor], Tensor]]]
 """By the place of an input: where the backward may stop, and what makes the input's gradient of the one there."""
 
 
-def linear(graph: Backward, inputs: Sequence[Tensor], wanted: Callable[[Linear], bool]) -> dict[int, Linear]:
+def linear_layers(graph: Backward, inputs: Sequence[Tensor], wanted: Callable[[Linear], bool]) -> dict[int, Linear]:
     """The linear layers that are wanted, if their weight is among the inputs and has no other use in the graph."""
     found = {}
-    for k, _, user in _used_once(graph, inputs, lambda p: p.ndim == 2 and p.numel() >= LONG):
+    for k, _, user in _used_once(graph, inputs, lambda p: p.ndim == 2 and p.numel() >= WIDE):
         layers = graph.users.get(user, [])  # of the transposed weight
         if user.name() != "TBackward0" or len(layers) != 1:
             continue
@@ -165,8 +170,8 @@ def gray_convolutions(graph: Backward, inputs: Sequence[Tensor]) -> Stops:
         summed = node.next_functions[2][0]
         biases = [] if summed is None else [j for j, p in enumerate(inputs) if p is leaf_of(summed)]
         if layer.fits and (summed is None or (biases and len(graph.users[summed]) == 1)):
-            found[k] = edge, layer.weight
-            found.update((j, (edge, layer.bias)) for j in biases)
+            found[k] = edge, layer.weight_gradient
+            found.update((j, (edge, layer.bias_gradient)) for j in biases)
     return found
 
 
@@ -183,7 +188,10 @@ def _used_once(
 
 def _saved(node: Any, name: str) -> Tensor | None:
     """What the forward saved; ``None`` where it takes more than a look, as with activation checkpointing."""
-    if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:
+    try:
+        if getattr(getattr(node, f"_raw_saved_{name}"), "unpack_hook", None) is not None:
+            return None
+        x = getattr(node, f"_saved_{name}")
+    except RuntimeError:  # it was freed, or changed in place: the backward will say so
         return None
-    x = getattr(node, f"_saved_{name}")
     return x.detach() if type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided else None

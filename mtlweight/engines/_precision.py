@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+T = TypeVar("T")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -21,6 +23,17 @@ def full_precision() -> contextlib.AbstractContextManager[Callable[[Any], Any]]:
     """
     on = {device: torch.get_autocast_dtype(device) for device in DEVICES if torch.is_autocast_enabled(device)}
     return _switched_off(on) if on else contextlib.nullcontext(_as_it_is)
+
+
+def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, with nothing of it autocast."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with full_precision():
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _as_it_is(given: Any) -> Any:

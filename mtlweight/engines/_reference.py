@@ -13,7 +13,7 @@ from mtlweight._view import Needs
 from mtlweight._weighting import ReferenceUse
 from mtlweight.engines import _losses
 from mtlweight.engines._graph import Backward
-from mtlweight.engines._layers import Factors, Linear, gray_convolutions, linear, made
+from mtlweight.engines._layers import Factors, Linear, gray_convolutions, linear_layers, made
 from mtlweight.engines._plan import Plan
 from mtlweight.engines._range import dense, gradient, wide
 
@@ -50,7 +50,7 @@ class Reference:
             # It may share its graph with the losses. And a compiled model whose first backward may free the graph
             # refuses later ones that keep it, which the rows need.
             self.narrow |= graph.narrow
-            layers = linear(graph, wanted, Linear.leads) if follows and not graph.narrow else {}
+            layers = linear_layers(graph, wanted, Linear.leads) if follows and not graph.narrow else {}
             asked = [layers[k].output if k in layers else p for k, p in enumerate(wanted)]
             stops, check = gray_convolutions(graph, wanted), bool(graph.compiled)
             found = gradient(loss, asked, keep_graph=True, narrow=graph.narrow, check=check, stops=stops)
@@ -59,7 +59,7 @@ class Reference:
                     continue
                 term = wide(dense(g)) if share == 1 else share * wide(dense(g))
                 if k in layers and p not in total and p not in factors:
-                    factors[p] = Factors(term, layers[k].x)
+                    factors[p] = Factors(term, layers[k].kept())
                     continue
                 term = Factors(term, layers[k].x).dense if k in layers else term
                 before = factors.pop(p).dense if p in factors else total.get(p)
@@ -77,7 +77,7 @@ class Reference:
             total = plan.processes.averaged(gradients, [p for p in every if id(p) in allowed or id(p) in outer])
         self.outer = [(p, g) for p, g in own.items() if id(p) in outer]
         self.learnt = [(p, g) for p, g in own.items() if id(p) not in outer] if use.learn else []
-        self._all = total
+        self._made = total
         self.parameters = [p for p in (*factors, *total) if id(p) in allowed]
         plan.expect_real(self.parameters)
         self.terms: list[Tensor | Factors] = [factors[p] if p in factors else total[p] for p in self.parameters]
@@ -110,7 +110,7 @@ class Reference:
 
     def expect_finite(self, plan: Plan) -> None:
         """Raises if the reference is to blame for an alignment that is not finite."""
-        pairs = [*zip(self.parameters, self.tangents, strict=True), *self._all.items()]
+        pairs = [*zip(self.parameters, self.tangents, strict=True), *self._made.items()]
         if not all_finite([g for _, g in pairs]):
             bad = next(p for p, g in pairs if not g.isfinite().all())
             raise NonFiniteError(
@@ -130,13 +130,9 @@ class Reference:
         return [*averages.values()]
 
 
-def main_scope(
-    plan: Plan, losses: dict[str, Tensor], parameters: list[Tensor], tangents: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters that are shared or that the main task's loss reaches."""
+def main_scope(plan: Plan, losses: dict[str, Tensor], parameters: list[Tensor]) -> list[int]:
+    """The places of the parameters that are shared or that the main task's loss reaches."""
     mains = plan.use.main if plan.use is not None else ()
-    allowed = {id(p) for p in plan.shared or []} | {
-        id(p) for p in Backward(losses[t] for t in mains if t in losses).leaves
-    }
-    kept = [(p, g) for p, g in zip(parameters, tangents, strict=True) if id(p) in allowed]
-    return [p for p, _ in kept], [g for _, g in kept]
+    reached = Backward(losses[t] for t in mains if t in losses).leaves
+    allowed = {id(p) for p in (*(plan.shared or []), *reached)}
+    return [k for k, p in enumerate(parameters) if id(p) in allowed]

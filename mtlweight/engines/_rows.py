@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,8 +12,13 @@ from torch import Tensor
 from mtlweight._statistics import cast, gramian_of, widest
 from mtlweight._weighting import Level
 from mtlweight.engines._inject import inject
+from mtlweight.engines._precision import in_full_precision
 from mtlweight.engines._range import Reached, dense, wide
 
+COPIED = 1 << 20
+"""Of what stands for gradients, at most so many numbers are copied in float64 at a time."""
+CANCELLED = 1e-6
+"""Of the terms of an inner product: below, the result would have less than ten digits."""
 LONG = 1 << 16
 """Gradients of at most so many numbers are joined: many small products cost more than a copy. Longer ones stay."""
 
@@ -32,14 +37,33 @@ class Product:
     x: Tensor
     deltas: list[Tensor | None]
 
-    @property
+    def made(self, t: int) -> Tensor:
+        """The gradient of output ``t``, flat."""
+        delta = self.deltas[t]
+        if delta is None:
+            delta = next(torch.zeros_like(other) for other in self.deltas if other is not None)
+        return (delta.T @ cast(self.x, delta.dtype)).flatten()
+
     def gramian(self) -> Tensor:
-        """Their inner products, ``[m, m]``; in float64, since terms that are larger than the result cancel."""
+        """Their inner products, ``[m, m]``.
+
+        In float64, since terms cancel that are larger than the result. If more cancels than float64 can take, the
+        gradients are made after all, a few columns at a time.
+        """
         x = self.x.double()
+        kernel = x @ x.T
         zero = next(torch.zeros_like(delta) for delta in self.deltas if delta is not None)
-        deltas = torch.stack([zero if delta is None else delta for delta in self.deltas]).double()
-        product = deltas.flatten(1) @ (x @ x.T @ deltas).flatten(1).T
-        return (product + product.T) / 2
+        deltas = torch.stack([zero if delta is None else delta for delta in self.deltas])
+        m, (n, width) = len(deltas), x.shape
+
+        def over(columns: int, product: Callable[[Tensor], Tensor]) -> Tensor:
+            return sum((product(part.double()) for part in deltas.split(max(1, columns), dim=2)), torch.zeros(()))
+
+        found = over(COPIED // (m * n), lambda part: part.flatten(1) @ (kernel @ part).flatten(1).T)
+        terms = over(COPIED // (m * n), lambda part: part.square().sum(dim=(1, 2))) * kernel.diagonal().sum()
+        if bool((found.diagonal() < CANCELLED * terms).any()):
+            found = over(COPIED // (m * width), lambda part: _square((part.mT @ x).flatten(1)))
+        return (found + found.T) / 2
 
 
 @dataclass
@@ -58,7 +82,7 @@ class Rows:
         heads: for each output, its gradients by their place in ``rest``.
         coefficients: ``[m, b]`` weights that the outputs were made with, if any.
         dtype: of the vectors.
-        products: the inputs that are in no group.
+        products: what stands for the gradients of the inputs that are in no group.
     """
 
     inputs: list[Tensor]
@@ -82,7 +106,7 @@ class Rows:
         coefficients: Tensor | None,
         *,
         whole: bool,
-        factors: Mapping[int, Tensor] | None = None,
+        entering: Mapping[int, Tensor] | None = None,
     ) -> Rows:
         """From the ``m`` outputs' gradients with respect to ``inputs``, then ``rest``.
 
@@ -93,12 +117,12 @@ class Rows:
             rest: see above.
             coefficients: see above.
             whole: whether all groups are one, so that the block is ``J``.
-            factors: for some inputs, what comes into the linear layer that they are the weight of: in the place of
+            entering: for some inputs, what comes into the linear layer that they are the weight of: in the place of
                 their gradients are those of the layer's output.
         """
         count, sizes, dtype = len(inputs), [p.numel() for p in inputs], widest(inputs)
-        products = [Product(k, x, []) for k, x in (factors or {}).items()]
-        made = [k for k in range(count) if not factors or k not in factors]
+        products = [Product(k, x, []) for k, x in (entering or {}).items()]
+        made = [k for k in range(count) if not entering or k not in entering]
         single = [] if whole else [k for k in made if sizes[k] > LONG]
         joined = [k for k in made if whole or sizes[k] <= LONG]
         width = sum(sizes[k] for k in joined)
@@ -110,7 +134,8 @@ class Rows:
             if block is not None:
                 torch.cat([rows._flat(k, found.get(k)) for k in joined], out=block[t])
             for product in products:
-                product.deltas.append(found.get(product.place))
+                delta = found.get(product.place)
+                product.deltas.append(None if delta is None else wide(dense(delta)))
             rows.reach.append({k for k in found if k < count})
             rows.heads.append({k - count: dense(g) for k, g in found.items() if k >= count})
         return rows
@@ -136,16 +161,18 @@ class Rows:
         for group, vector in zip(self.groups, self.vectors(t), strict=True):
             if vector is not None:
                 parts.update(zip(group, vector.split([self.inputs[k].numel() for k in group]), strict=True))
-        parts.update((each.place, delta) for each in self.products if (delta := each.deltas[t]) is not None)
+        parts.update((each.place, each.made(t)) for each in self.products if each.deltas[t] is not None)
         return next((self.inputs[k] for k in sorted(parts) if not parts[k].isfinite().all()), None)
 
     @property
     def gramian(self) -> Tensor:
         """``J Jᵀ``, ``[m, m]``."""
-        device = self.inputs[0].device
-        parts = [each.gramian.to(device) for each in self.products if any(delta is not None for delta in each.deltas)]
-        columns = list(self._columns())
-        return sum(parts[1:], parts[0]) if parts and not columns else sum(parts, gramian_of(*columns))
+        m, device = len(self.reach), self.inputs[0].device
+        total = gramian_of(*self._columns()) if self.groups else torch.zeros(m, m, dtype=torch.float64, device=device)
+        for each in self.products:
+            if any(delta is not None for delta in each.deltas):
+                total = total + each.gramian().to(device)
+        return total
 
     @property
     def widths(self) -> list[int]:
@@ -154,6 +181,7 @@ class Rows:
 
     def like(self, matrix: Tensor, coefficients: Tensor | None, *, reached: bool) -> Rows:
         """Other rows for the same inputs, group after group in the columns of a matrix."""
+        assert not self.products  # they are for rows that nothing is added to
         columns = list(matrix.split(self.widths, dim=1))
         block = None if self.block is None else columns.pop()
         long: list[list[Tensor | None]] = [[column[t] for column in columns] for t in range(len(matrix))]
@@ -162,6 +190,7 @@ class Rows:
 
     def zero(self, m: int, coefficients: Tensor | None) -> Rows:
         """``m`` rows of zeros for the same inputs, to be added to."""
+        assert not self.products  # as above
         block = None if self.block is None else self.block.new_zeros(m, self.block.shape[1])
         long: list[list[Tensor | None]] = [[None] * (len(self.groups) - (block is not None)) for _ in range(m)]
         reach: list[set[int]] = [set() for _ in range(m)]
@@ -223,6 +252,7 @@ class Rows:
         layers = [(product.place, [t for t, _ in deltas]) for product, deltas in sums]
         count, joined = len(self.rest), self.block is not None
 
+        @in_full_precision
         def gradients(incoming: Tensor, saved: Sequence[Tensor]) -> list[Tensor | None]:
             given = iter(saved)
             # What comes in, such as a loss scale, goes into the weights: that spares a pass over every gradient.
@@ -276,6 +306,10 @@ def _turns(leaves: Sequence[int]) -> list[list[int]]:
         turns[seen[leaf]].append(i)
         seen[leaf] += 1
     return turns
+
+
+def _square(rows: Tensor) -> Tensor:
+    return rows @ rows.T
 
 
 def _plus(total: Tensor | None, factor: Tensor, vector: Tensor) -> Tensor:

@@ -51,11 +51,17 @@ class _Factored:
         self._duals: dict[int, Tensor] = {}
         self._seen: set[Node | None] = set()
 
-    def __contains__(self, value: Any) -> bool:
-        return id(value) in self._factors
+    def layer(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a call is a linear layer with one of them."""
+        if func is not functional.linear or kwargs or not torch.is_grad_enabled():
+            return False
+        (weight, factors), given = self._factors.get(id(args[1]), (None, None)), args[0]
+        if weight is None or factors is None or id(given) in self._factors:
+            return False
+        return given.dtype == factors.x.dtype and not torch.is_autocast_enabled(given.device.type)
 
     def linear(self, given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A linear layer with one of them."""
+        """What the layer gives."""
         own = weight.view_as(weight)  # by whose node this use is known
         self._seen.add(own.grad_fn)
         return along_factors(given, own, bias, self._factors[id(weight)][1])
@@ -64,7 +70,7 @@ class _Factored:
         """Arguments of another function, with dual numbers in the place of these weights."""
         if type(value) in (list, tuple):
             return type(value)(map(self.replaced, value))
-        if value not in self or not torch.is_grad_enabled():
+        if id(value) not in self._factors or not torch.is_grad_enabled():
             return value
         if id(value) not in self._duals:
             weight, factors = self._factors[id(value)]
@@ -72,12 +78,10 @@ class _Factored:
             self._seen.add(dual.grad_fn)
         return self._duals[id(value)]
 
-    def expect_seen(self, graph: Backward) -> None:
-        """Raises if a weight was used without anyone seeing it, so that a derivative is missing."""
-        for weight, _ in self._factors.values():
-            node = weight.grad_fn
-            if node is not None and any(user not in self._seen for user in graph.users.get(node, ())):
-                raise RuntimeError(f"a parameter of shape {list(weight.shape)} is used past torch's function modes")
+    def unseen(self, graph: Backward) -> bool:
+        """Whether a weight was used without anyone seeing it, so that a derivative is missing."""
+        nodes = [weight.grad_fn for weight, _ in self._factors.values()]
+        return any(user not in self._seen for node in nodes if node is not None for user in graph.users.get(node, ()))
 
 
 class _Corrections(TorchFunctionMode):
@@ -97,9 +101,8 @@ class _Corrections(TorchFunctionMode):
         if plain and func in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             raise RuntimeError("a gradient inside the losses has no forward derivative")
         kwargs, factored = kwargs or {}, self._factored
-        if factored is not None and getattr(func, "__name__", "") != "__get__":
-            layer = plain and func is functional.linear and not kwargs and torch.is_grad_enabled()
-            if layer and args[1] in factored and args[0] not in factored:
+        if factored is not None and func not in NO_ARITHMETIC and (func in VIEWS or not _gets(func)):
+            if plain and factored.layer(func, args, kwargs):
                 return factored.linear(*args)
             args, kwargs = factored.replaced(args), {name: factored.replaced(v) for name, v in kwargs.items()}
         rule = RULES.get(func) if args and plain else None
@@ -108,6 +111,16 @@ class _Corrections(TorchFunctionMode):
             # `no_grad` is to stop forward derivatives too: torch itself lets them through.
             torch._C._set_fwd_grad_enabled(torch.is_grad_enabled())
         return result
+
+
+NO_ARITHMETIC = (Tensor.register_hook, Tensor.retain_grad)
+"""What a weight is asked for itself, whatever stands for it in its uses."""
+VIEWS = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__)  # type: ignore[attr-defined]  # descriptors
+"""Attributes that are uses."""
+
+
+def _gets(func: Any) -> bool:
+    return getattr(func, "__name__", "") == "__get__"
 
 
 _saved_tensors_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
@@ -180,8 +193,8 @@ def losses_and_tangents(
                 raise RuntimeError("activation checkpointing recomputes without forward derivatives")
             losses = named(returned)
             graph = Backward(losses.values())
-            if factored is not None:
-                factored.expect_seen(graph)
+            if factored is not None and factored.unseen(graph):
+                raise _UnseenError
             for p in graph.bypassed(duals):  # its derivative would be missing
                 raise RuntimeError(f"a parameter of shape {list(p.shape)} is used outside model= and shared=")
             parts = {task: _split(loss) for task, loss in losses.items()}
@@ -189,9 +202,17 @@ def losses_and_tangents(
         if confirm and not confirmed([*primals.values()], parameters, [made(g) for g in tangents], [*found.values()]):
             raise RuntimeError(DISAGREES)
         return primals, found
+    except _UnseenError:
+        restore()
+        every = [made(g) for g in tangents]
+        return losses_and_tangents(closure, named, modules, names, parameters, every, confirm=confirm)
     except RuntimeError:
         restore()
         raise
+
+
+class _UnseenError(Exception):
+    """A weight whose gradient was not made was used past torch's function modes: it has to be made."""
 
 
 @functools.cache

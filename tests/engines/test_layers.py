@@ -1,4 +1,4 @@
-"""Layers whose gradients the rows engine takes by products of its own, against autograd's."""
+"""Gradients of layers that are not made, or by products of our own, against those that autograd makes."""
 
 import copy
 
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mtlweight import MGDA, MultiTaskOptimizer, Needs, NonFiniteError, PCGrad, SLGrad
+from mtlweight import MGDA, GradVac, MTLWeightError, MultiTaskOptimizer, Needs, NonFiniteError, PCGrad, SLGrad
+from mtlweight._statistics import gramian_of
 from mtlweight.engines import _layers
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._rows import Product
@@ -26,7 +27,7 @@ WIDE = 256
 def eager(monkeypatch):
     """All linear layers count, whatever it saves; the list says of which ones gradients were not made."""
     seen = []
-    monkeypatch.setattr(_layers, "LONG", 0)
+    monkeypatch.setattr(_layers, "WIDE", 0)
     monkeypatch.setattr(_layers.Linear, "compares", lambda layer, _: seen.append(layer.weight) or True)
     return seen
 
@@ -92,7 +93,7 @@ def test_inner_products_are_exact_however_much_of_the_gradients_cancels_between_
     deltas = torch.randn(m, n, o, generator=generator)
     deltas = deltas - deltas.mean(dim=1, keepdim=True) if n > 1 else deltas
     rows = torch.einsum("mno,ni->moi", deltas.double(), x.double()).flatten(1)
-    found = Product(0, x, [*deltas]).gramian
+    found = Product(0, x, [*deltas]).gramian()
     assert torch.equal(found, found.T)
     assert torch.allclose(found, rows @ rows.T, rtol=1e-9, atol=1e-15 * float((deltas.norm() * x.norm()) ** 2))
 
@@ -120,7 +121,7 @@ def test_a_wide_layer_alone_has_no_gradient_in_memory_but_the_step(device):
 
 def unequal(model, x):
     """Of this model and data nothing may be taken for a layer with one weight."""
-    found = _layers.linear(Backward([*means(model(x))]), list(model.parameters()), lambda _: True)
+    found = _layers.linear_layers(Backward([*means(model(x))]), list(model.parameters()), lambda _: True)
     assert not found
     agree(model, lambda: means(model(x).tanh()))
 
@@ -168,7 +169,7 @@ def test_what_checkpointing_or_offloading_packs_is_not_unpacked_for_a_look():
         return model[1](model[0](x).tanh())
 
     losses = means(checkpoint(counted, x, use_reentrant=False))
-    assert not _layers.linear(Backward([*losses]), list(model.parameters()), lambda _: True)
+    assert not _layers.linear_layers(Backward([*losses]), list(model.parameters()), lambda _: True)
     measured(model, losses)
     assert len(calls) == 1 + 3  # once for each task
 
@@ -292,7 +293,7 @@ def test_a_frozen_bias_is_no_hindrance():
 def followed(monkeypatch):
     """No gradient of a linear layer's weight is made for the forward engine; counts those that are made after all."""
     made, dense = [], _layers.Factors.dense.func
-    monkeypatch.setattr(_layers, "LONG", 0)
+    monkeypatch.setattr(_layers, "WIDE", 0)
     monkeypatch.setattr(_layers.Linear, "leads", lambda _: True)
     monkeypatch.setattr(_layers.Factors, "dense", property(lambda factors: made.append(factors) or dense(factors)))
     return made
@@ -364,6 +365,7 @@ ELSEWHERE = {
     "its norm": lambda layer, _: layer.weight.square().sum(),
     "in a list": lambda layer, _: torch.stack([layer.weight, layer.weight.sin()]).sum(),
     "as a product": lambda layer, x: (x @ layer.weight.t()).sum(dim=1),
+    "by an attribute": lambda layer, _: (layer.weight @ layer.weight.T - torch.eye(8)).square().sum(),
     "by name": lambda layer, x: nn.functional.linear(input=x, weight=layer.weight).sum(dim=1),
     "as data": lambda layer, _: nn.functional.linear(layer.weight, layer.weight).sum(),
     "in a second call": lambda layer, x: layer(x.sin()).sum(dim=1),
@@ -383,14 +385,12 @@ def no_grad(layer, x):
 @pytest.mark.parametrize("use", ELSEWHERE)
 def test_a_weight_may_be_used_in_any_other_way_as_well(use):
     model = Along(ELSEWHERE[use])
-    if use == "out of sight":
-        with pytest.warns(UserWarning, match=r"a parameter of shape \[8, 8\] is used past torch's function modes"):
-            report = model.report()
-        assert report.engine == "pullback"
-    else:
-        report = model.report()
-        assert report.engine == "forward"
-    expected = alignment(model.losses(), model.reference(), list(model.layers.parameters()))
+    calls, plain = [], model.losses
+    model.losses = lambda: calls.append(1) or plain()
+    report = model.report()
+    assert report.engine == "forward"
+    assert len(calls) == 1 + (use == "out of sight")
+    expected = alignment(plain(), model.reference(), list(model.layers.parameters()))
     assert close(report.alignment, expected)
 
 
@@ -421,13 +421,218 @@ def test_alignments_in_float32_are_as_exact_as_along_a_gradient_that_is_made(mea
 
 
 def test_layers_count_where_they_have_many_more_weights_than_samples():
-    x, weight = torch.empty(64, 784, device="meta"), torch.empty(512, 784, device="meta")
+    x, weight = torch.empty(64, 784), torch.empty(512, 784)
     layer = _layers.Linear(None, x, weight)
     assert layer.leads()
     assert layer.compares(2)
     assert not layer.compares(1)
     for n in (256, 4096):
-        more = _layers.Linear(None, torch.empty(n, 784, device="meta"), weight)
+        more = _layers.Linear(None, torch.empty(n, 784), weight)
         assert not more.leads()
         assert not more.compares(2)
     assert not _layers.Linear(None, x.bfloat16(), weight).leads()
+
+
+def test_a_buffer_that_every_batch_is_copied_to_may_hold_the_data_of_the_reference():
+    model, buffer = square(dtype=torch.float32), torch.zeros(5, WIDE)
+    x, held_out = torch.randn(2, 5, WIDE)
+
+    def aligned(enter):
+        optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), SLGrad("a"), shared=model)
+        losses = {"a": lambda: model(enter(x)).tanh().mean(dim=1)}
+        optimizer.combine(
+            lambda: {task: loss() for task, loss in losses.items()},
+            reference=lambda: model(enter(held_out)).tanh().square().mean(),
+        ).backward()
+        optimizer.step()
+        assert optimizer.report.engine == "forward"
+        return optimizer.report.alignment
+
+    assert close(aligned(buffer.copy_), aligned(torch.clone), 1e-5)
+
+
+def test_the_next_batch_may_be_copied_in_before_the_backward():
+    model, buffer = square(dtype=torch.float32), torch.zeros(5, WIDE)
+    x = torch.randn(5, WIDE)
+    _, expected = measured(model, means(model(x)))
+    expected = {name: gradient.clone() for name, gradient in expected.items()}
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model)
+    model.zero_grad()
+    scalar = optimizer.combine(means(model(buffer.copy_(x))))
+    buffer.zero_()
+    scalar.backward()
+    assert all(close(p.grad, expected[name], 1e-5) for name, p in model.named_parameters())
+
+
+def test_what_enters_a_layer_may_be_a_parameter_that_a_look_ahead_moves(monkeypatch):
+    def aligned():
+        model = square(dtype=torch.float32)
+        queries = nn.Parameter(torch.linspace(-1, 1, 3 * WIDE).reshape(3, WIDE).sin())
+        parameters = torch.optim.SGD([*model.parameters(), queries], lr=1e3)
+        optimizer = MultiTaskOptimizer(parameters, SLGrad("a", lookahead=True), shared=[model, queries], model=model)
+        optimizer.combine(
+            lambda: {"a": model(queries).tanh().mean(dim=1)}, reference=lambda: model(queries).tanh().square().mean()
+        )
+        return optimizer._record.pending.report.alignment
+
+    factored = aligned()
+    monkeypatch.setattr(_layers.Linear, "leads", lambda _: False)
+    assert close(factored, aligned(), 1e-4)
+
+
+@pytest.mark.usefixtures("followed")
+def test_a_hook_that_the_losses_register_runs():
+    fired = []
+    model = Along(lambda layer, _: layer.weight.register_hook(fired.append) and 0)
+    expected = Along().report(steps=3).alignment
+    assert close(model.report(steps=3).alignment, expected)
+    assert len(fired) == 3 + 2  # backwards of three steps, two of which were compared with another
+
+
+@given(st.integers(0, 999))
+def test_inner_products_are_exact_where_all_of_a_gradient_cancels(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 7, generator=generator, dtype=torch.float64).expand(5, 7)
+    deltas = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    deltas[0] -= deltas[0].mean(dim=0)
+    found = Product(0, x, [*deltas]).gramian()
+    assert 0 <= found[0, 0] <= 1e-28 * x.square().sum() * deltas[0].square().sum()
+    assert found[0, 1].square() <= (1 + 1e-9) * found[0, 0] * found[1, 1]
+
+
+def test_a_weighting_that_divides_by_lengths_takes_a_gradient_that_all_but_vanishes():
+    torch.manual_seed(0)
+    model, query = square(dtype=torch.float32, bias=False), torch.randn(WIDE)
+    contrast = torch.randn(6, WIDE)
+    contrast = contrast - contrast.mean(dim=0)
+    other = torch.randn(6, WIDE)
+
+    def losses():
+        outputs = model(query.expand(6, WIDE))
+        return torch.stack([(outputs * contrast).sum(), (outputs * other).sum()])
+
+    report, _ = measured(model, losses(), GradVac())
+    assert report.gramian[0, 0] >= 0
+    rows = jacobian(dict(enumerate(losses())), list(model.parameters())).double()
+    assert close(report.gramian, rows @ rows.T, 1e-5)
+
+
+def test_the_last_task_that_reaches_a_layer_may_be_dropped():
+    model, heads = square(bias=False), nn.ParameterList([torch.ones(3, dtype=torch.float64) for _ in range(2)])
+    x = torch.randn(4, WIDE, dtype=torch.float64)
+    loss = model(x).square().mean()
+    losses = {"a": loss + 0 * (loss - loss.detach()).sqrt(), "b": heads[0].sum(), "c": heads[1].square().sum()}
+    optimizer = MultiTaskOptimizer(
+        torch.optim.SGD([*model.parameters(), *heads], lr=0.0), MGDA(), shared=model, on_nonfinite="drop"
+    )
+    optimizer.combine(losses).backward()
+    optimizer.step()
+    assert optimizer.report.tasks == ("b", "c")
+    assert not optimizer.report.gramian.any()
+
+
+@pytest.mark.usefixtures("followed")
+def test_a_reference_whose_graph_was_freed_gets_the_error_that_says_so():
+    model = Along()
+    reference = model.reference()
+    reference.backward()
+    with pytest.raises(MTLWeightError, match="graph was freed by an earlier backward"):
+        model.report(reference)
+
+
+@pytest.mark.usefixtures("followed")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_may_be_autocast_where_the_reference_is_not(dtype):
+    """The data's inner products are beyond float16, and the gradient that they stand for is not."""
+    model = Along(dtype=torch.float32)
+    model.x, model.held_out = 300 * model.x, 300 * model.held_out
+    model.layers[0].weight.data.mul_(1e-3)
+    exact = model.report(lambda: 1e-4 * model.reference()).alignment
+    plain = model.losses
+
+    def losses():
+        with torch.autocast("cpu", dtype):
+            return {task: loss.float() for task, loss in plain().items()}
+
+    model.losses = losses
+    report = model.report(lambda: 1e-4 * model.reference())
+    assert report.engine == "forward"
+    assert close(report.alignment, exact, 0.1)
+
+
+def test_sparse_gradients_at_the_output_are_made_dense():
+    model, x = square(bias=False), torch.randn(4, WIDE, dtype=torch.float64)
+    places = torch.randint(WIDE, (4, 3))
+
+    def losses(sparse):
+        y = model(x)
+        return {"a": torch.gather(y, 1, places, sparse_grad=sparse).square().sum(), "b": y.sin().mean()}
+
+    report, gradients = measured(model, losses(True))
+    found = gradients["0.weight"].clone()
+    expected, gradients = measured(model, losses(False))
+    assert close(report.gramian, expected.gramian)
+    assert close(found, gradients["0.weight"])
+
+
+def test_the_default_device_is_nothing_to_inner_products():
+    rows = [torch.arange(1.0, 4.0).repeat(1 << 16), torch.ones(3 << 16)]
+    expected = gramian_of(rows)
+    with torch.device("meta"):
+        assert torch.equal(gramian_of(rows), expected)
+        assert torch.equal(gramian_of(torch.stack(rows)), expected)
+
+
+def test_a_layer_is_named_where_its_data_is_not_finite():
+    model, x = square(dtype=torch.float32, bias=False), torch.randn(4, WIDE)
+    x[0] = torch.nan
+    mask = torch.tensor([False, True, True, True])[:, None]
+    outputs = torch.where(mask, model(x), torch.zeros(()))
+    with pytest.raises(NonFiniteError, match=r"'0.weight' of shape \[256, 256\]"):
+        measured(model, means(outputs))
+
+
+@pytest.mark.parametrize("samples", [8, 128, 440])
+def test_less_memory_is_taken_for_any_number_of_samples_for_which_gradients_are_not_made(samples, monkeypatch):
+    model, m = square(dtype=torch.float32, width=1024), 16
+    x = torch.randn(samples, 1024)
+    layer = _layers.Linear(None, x, model[0].weight)
+    assert layer.compares(m)
+
+    def peak():
+        optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model)
+
+        def step():
+            optimizer.zero_grad()
+            optimizer.combine(means(model(x), m)).backward()
+            optimizer.step()
+
+        step()
+        return peak_memory(step, x.device)
+
+    least = peak()
+    monkeypatch.setattr(_layers.Linear, "compares", lambda *_: False)
+    assert least < peak()
+
+
+def test_a_backward_under_autocast_writes_gradients_of_full_precision():
+    model, x = square(dtype=torch.float32), torch.randn(4, WIDE)
+    _, expected = measured(model, means(model(x)))
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model)
+    model.zero_grad()
+    scalar = optimizer.combine(means(model(x)))
+    with torch.autocast("cpu", torch.bfloat16):
+        scalar.backward()
+    assert close(model[0].weight.grad, expected["0.weight"], 1e-6)
+
+
+def test_a_backward_may_run_twice_where_its_graph_is_kept():
+    model, x = square(2), torch.randn(4, WIDE, dtype=torch.float64)
+    _, once = measured(model, means(model(x)))
+    once = {name: gradient.clone() for name, gradient in once.items()}
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model)
+    model.zero_grad()
+    scalar = optimizer.combine(means(model(x)))
+    scalar.backward(retain_graph=True)
+    scalar.backward()
+    assert all(close(p.grad, 2 * once[name]) for name, p in model.named_parameters())
