@@ -84,10 +84,10 @@ def by_hand(p: Problem) -> Callable[[], None]:
 
 
 def floor(p: Problem) -> Callable[[], None]:
-    """What no implementation can do without, with the tangents as cheap as one more forward without a graph.
+    """The parts of the step, with the tangents as cheap as one more forward without a graph.
 
     That is generous: through a layer that shares its parameters and is not the first, tangents take two products, not
-    one.
+    one. But it makes the gradient of each weight on the held-out batch.
     """
     optimizer, shared = sgd(p), p.shared
     weights = torch.full(p.y.shape, 1 / p.y.numel(), device=p.y.device)
