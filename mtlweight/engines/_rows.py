@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,12 +58,13 @@ class Product:
         m, (n, width) = len(deltas), x.shape
 
         def over(columns: int, product: Callable[[Tensor], Tensor]) -> Tensor:
-            return sum((product(part.double()) for part in deltas.split(max(1, columns), dim=2)), torch.zeros(()))
+            return functools.reduce(torch.add, (product(p.double()) for p in deltas.split(max(1, columns), dim=2)))
 
-        found = over(COPIED // (m * n), lambda part: part.flatten(1) @ (kernel @ part).flatten(1).T)
-        terms = over(COPIED // (m * n), lambda part: part.square().sum(dim=(1, 2))) * kernel.diagonal().sum()
-        if bool((found.diagonal() < CANCELLED * terms).any()):
-            found = over(COPIED // (m * width), lambda part: _square((part.mT @ x).flatten(1)))
+        found = over(COPIED // max(1, m * n), lambda part: part.flatten(1) @ (kernel @ part).flatten(1).T)
+        squares, sizes = found.diagonal().tolist(), torch.linalg.vector_norm(deltas, dim=(1, 2)).tolist()
+        least = CANCELLED * kernel.diagonal().sum().item()
+        if any(square < least * size * size for square, size in zip(squares, sizes, strict=True)):
+            found = over(COPIED // max(1, m * width), lambda part: _square((part.mT @ x).flatten(1)))
         return (found + found.T) / 2
 
 
