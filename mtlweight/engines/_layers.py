@@ -91,7 +91,7 @@ class GrayConvolution:
     """A convolution of images with one channel, on the CPU.
 
     Its kernels are made for many channels. The gradient of the weight is the product of ``δ`` with all patches of the
-    images, which takes a third of their time, and the patches are the same for every ``δ``.
+    images, which takes less time, and the patches are the same for every ``δ``.
 
     Args:
         x: ``[b, 1, H, W]``.

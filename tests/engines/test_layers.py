@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtlweight import MGDA, GradVac, MTLWeightError, MultiTaskOptimizer, Needs, NonFiniteError, PCGrad, SLGrad
 from mtlweight._statistics import gramian_of
-from mtlweight.engines import _layers
+from mtlweight.engines import _layers, _rows
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._rows import Product
 from tests.benchmarks._measure import MIB, peak_memory
@@ -106,8 +106,8 @@ def test_a_wide_layer_may_come_with_or_without_a_bias_and_with_data_of_any_rank(
     agree(model, lambda: means(model(x).tanh()))
 
 
-def test_a_wide_layer_alone_has_no_gradient_in_memory_but_the_step(device):
-    model, x, m = square(dtype=torch.float32, width=1024).to(device), torch.randn(8, 1024, device=device), 16
+def peak_of_a_step(model, x, m):
+    """The most memory of a step, in MiB."""
     optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model)
 
     def step():
@@ -116,7 +116,26 @@ def test_a_wide_layer_alone_has_no_gradient_in_memory_but_the_step(device):
         optimizer.step()
 
     step()
-    assert peak_memory(step, x.device) * MIB < 3 * 4 * 1024**2  # one gradient, and less than as much around it
+    return peak_memory(step, x.device)
+
+
+def test_a_wide_layer_alone_has_no_gradient_in_memory_but_the_step(device):
+    model, x = square(dtype=torch.float32, width=1024).to(device), torch.randn(8, 1024, device=device)
+    assert peak_of_a_step(model, x, 16) * MIB < 3 * 4 * 1024**2  # one gradient, and less than as much around it
+
+
+def test_no_samples_have_inner_products_of_zero():
+    found = Product(0, torch.empty(0, 3), [torch.empty(0, 2)] * 2).gramian()
+    assert torch.equal(found, torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_a_weighting_per_entry_may_read_the_gramian_alone(monkeypatch):
+    monkeypatch.setattr(_rows, "LONG", 0)  # else all gradients are one vector anyway
+    p, other = problem(NETWORKS["linear"]), problem(NETWORKS["linear"])
+    rows = jacobian(other.task_losses(), other.shared)
+    weights = torch.linspace(-1, 1, rows.numel(), dtype=torch.float64).reshape(rows.shape)
+    Reader(Needs.GRAMIAN, weights, "entry").read(p, p.task_losses)
+    assert close(written(p.shared), (weights * rows).sum(dim=0))
 
 
 def unequal(model, x):
@@ -596,23 +615,10 @@ def test_a_layer_is_named_where_its_data_is_not_finite():
 def test_less_memory_is_taken_for_any_number_of_samples_for_which_gradients_are_not_made(samples, monkeypatch):
     model, m = square(dtype=torch.float32, width=1024), 16
     x = torch.randn(samples, 1024)
-    layer = _layers.Linear(None, x, model[0].weight)
-    assert layer.compares(m)
-
-    def peak():
-        optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model)
-
-        def step():
-            optimizer.zero_grad()
-            optimizer.combine(means(model(x), m)).backward()
-            optimizer.step()
-
-        step()
-        return peak_memory(step, x.device)
-
-    least = peak()
+    assert _layers.Linear(None, x, model[0].weight).compares(m)
+    least = peak_of_a_step(model, x, m)
     monkeypatch.setattr(_layers.Linear, "compares", lambda *_: False)
-    assert least < peak()
+    assert least < peak_of_a_step(model, x, m)
 
 
 def test_a_backward_under_autocast_writes_gradients_of_full_precision():
