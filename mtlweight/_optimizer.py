@@ -20,8 +20,8 @@ from mtlweight._checkpoint import KEY, VERSION, expect_loadable, signature
 from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._report import Report
 from mtlweight._statistics import Given, all_finite, tensors_of
-from mtlweight._view import State, View
-from mtlweight._weighting import Weighting, evaluate
+from mtlweight._view import Needs, State, View
+from mtlweight._weighting import Level, Weighting, evaluate
 from mtlweight.engines import (
     ENGINES,
     Accumulation,
@@ -40,6 +40,7 @@ from mtlweight.engines import (
     read,
     snapshot,
 )
+from mtlweight.loss.constant import Constant
 
 # From the losses with their graph, the view for notes, and `environments`, to a scalar that is added to the step.
 Penalty = Callable[[Mapping[str, Tensor], View, Any], Tensor]
@@ -56,6 +57,33 @@ class _Pending:
     dropped: tuple[str, ...] = ()
     skip: bool = False
     observe: Callable[[], Given] | None = None
+
+
+@dataclass
+class _Decision:
+    """The weights of one call of ``combine``, and the losses that they are for."""
+
+    weights: Tensor
+    writes: Level
+    tasks: tuple[str, ...]
+    shape: torch.Size
+    dropped: tuple[str, ...]
+    start: _Pending
+
+
+@dataclass
+class _Closure:
+    """One ``step(closure)``. What its first evaluation decides holds for all of them: a line search compares values.
+
+    Args:
+        decided: in the first evaluation, by each call of ``combine``.
+        calls: how many there were in this evaluation.
+        start: the parameters before the step, if the weights have no objective.
+    """
+
+    decided: list[_Decision] = field(default_factory=list)
+    calls: int = 0
+    start: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -79,6 +107,7 @@ class _Record:
     tasks: tuple[str, ...] = ()
     memory: State = field(default_factory=dict)
     pending: _Pending | None = None
+    closure: _Closure | None = None
     accumulation: Accumulation = field(default_factory=Accumulation)
     report: Report = field(default_factory=Report)
     skipped: int = 0
@@ -188,7 +217,15 @@ class MultiTaskOptimizer(Optimizer):
         r = self._record
         return replace(r.report, skipped=r.skipped, dropped=dict(r.dropped), fallbacks=dict(r.fallbacks))
 
-    def combine(self, losses: Any, *, reference: Any = None, mask: Any = None, environments: Any = None) -> Tensor:
+    def combine(
+        self,
+        losses: Any,
+        *,
+        reference: Any = None,
+        mask: Any = None,
+        environments: Any = None,
+        retain_graph: bool = False,
+    ) -> Tensor:
         """Weighs the losses: a scalar whose ordinary ``backward()`` puts the weighted gradient into ``.grad``.
 
         Reads the committed state and leaves a pending one, which :meth:`step` commits: calling it again, or skipping
@@ -209,9 +246,13 @@ class MultiTaskOptimizer(Optimizer):
                 0, and means are over the others. Its gradient must still be finite: give it any label. A list of masks
                 beside losses in parts.
             environments: handed to the penalty: which environment each sample belongs to.
+            retain_graph: whether the scalar's backward goes through the losses' own graph, with the weights as
+                constants, and that graph is kept until then: for terms that you add to the scalar, second derivatives,
+                and whatever else reads the graph. It costs one more backward where gradients were measured.
 
         Returns:
-            Tensor: scalar; its value is the plain sum of the losses, for logging.
+            Tensor: scalar; its value is the plain sum of the losses, for logging. Inside ``step(closure)`` it is the
+            weighted objective, which line searches compare; see :meth:`step`.
 
         Raises:
             MTLWeightError: if losses or reference have not the expected form, or a main task of the weighting was never
@@ -220,7 +261,7 @@ class MultiTaskOptimizer(Optimizer):
         """
         r = self._record
         with full_precision() as as_outside:
-            weigh = functools.partial(self._combine, environments, as_outside(r.penalty))
+            weigh = functools.partial(self._combine, environments, as_outside(r.penalty), retain_graph)
             return r.accumulation.take(weigh, self.param_groups, as_outside(losses), as_outside(reference), mask)
 
     def accumulate(
@@ -248,8 +289,17 @@ class MultiTaskOptimizer(Optimizer):
         """
         return self._record.accumulation.within(k, last, weigh)
 
-    def _combine(self, environments: Any, objective: Penalty | None, losses: Any, reference: Any, mask: Any) -> Tensor:
+    def _combine(
+        self, environments: Any, penalty: Penalty | None, ordinary: bool, losses: Any, reference: Any, mask: Any
+    ) -> Tensor:
         r = self._record
+        if ordinary:
+            self._expect_one_graph(losses)
+        if r.closure is not None:
+            r.closure.calls += 1
+            if r.closure.calls <= len(r.closure.decided):
+                decided = r.closure.decided[r.closure.calls - 1]
+                return self._evaluate_again(decided, environments, penalty, losses, reference, mask)
         start = r.pending if r.accumulation.continues else None
         start = start or _Pending(r.state, r.report, r.tasks, r.memory)
         r.pending = None
@@ -258,7 +308,7 @@ class MultiTaskOptimizer(Optimizer):
                 "Environments are for a penalty: expected MultiTaskOptimizer(..., penalty=...), found none. Pass one "
                 "that reads environments, such as Invariance().on(selector), or leave environments out."
             )
-        plan = self._plan(start, mask)
+        plan = self._plan(start, mask, ordinary=ordinary)
         rewind = snapshot([]) if r.weighting.observes_at(r.step) else None
         if rewind is not None and not deferred(losses):
             raise MTLWeightError(
@@ -284,48 +334,117 @@ class MultiTaskOptimizer(Optimizer):
                         raise
                     dropped += error.tasks
                     batch = batch.without(error.tasks)
-            penalty = None if objective is None else batch.penalty(objective, view, environments)
+            added = None if penalty is None else batch.penalty(penalty, view, environments)
         except NonFiniteError:
             if r.on_nonfinite == "raise":
                 raise
             return self._skip(start, dropped, batch)
         writes = r.weighting.writes
-        scalar = batch.combined(weights, writes, penalty)
-        report = Report(step=r.step + 1, weights=weights, writes=writes, notes=view.notes, **batch.measured())
+        scalar = batch.combined(weights, writes, added)
+        objective = batch.objective(weights, writes)
+        measured = batch.measured()
+        report = Report(
+            step=r.step + 1, weights=weights, writes=writes, objective=objective, notes=view.notes, **measured
+        )
         r.pending = _Pending(state, report, tasks, plan.memory, start.dropped + dropped, start.skip)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
-        return scalar
+        if r.closure is None:
+            return scalar
+        r.closure.decided.append(_Decision(weights, writes, batch.tasks, batch.losses().shape, dropped, start))
+        if objective is None or r.heads == "unweighted" or r.outer:
+            r.closure.start = [(p, p.detach().clone()) for p in plan.trainable]
+            return scalar
+        return _valued(scalar, objective, batch, added)
+
+    def _evaluate_again(
+        self, decided: _Decision, environments: Any, penalty: Penalty | None, losses: Any, reference: Any, mask: Any
+    ) -> Tensor:
+        """The objective at another point of the same step, with the weights that its first evaluation decided."""
+        r = self._record
+        if r.closure is not None and r.closure.start:
+            with torch.no_grad():
+                for p, value in r.closure.start:
+                    p.copy_(value)
+            raise MTLWeightError(
+                f"{type(r.optimizer).__name__} evaluates its closure more than once a step, and compares the values: "
+                "expected weights that have an objective, found weights per gradient entry, heads='unweighted' or "
+                "outer=..., whose gradients are those of no one objective. The parameters are as before the step. Use "
+                "weights per task or per sample, or an optimizer that evaluates the closure once."
+            )
+        plan = self._plan(decided.start, mask, ordinary=True, needs=Needs.NOTHING)
+        batch = read(losses, reference, plan)
+        batch = batch.without([task for task in batch.tasks if task in decided.dropped])
+        tasks, shape = batch.tasks, batch.losses().shape
+        if {*tasks} != {*decided.tasks} or shape != decided.shape:
+            raise MTLWeightError(
+                "Weights are decided once in step(closure) and hold for all evaluations of the closure: expected the "
+                f"losses of the first one ({', '.join(decided.tasks)}, of shape {list(decided.shape)}), found others "
+                f"({', '.join(tasks)}, of shape {list(shape)}). Draw the batch outside of the closure."
+            )
+        weights = decided.weights[[decided.tasks.index(task) for task in tasks]]
+        added = None if penalty is None else batch.penalty(penalty, plan.view(batch), environments)
+        objective = batch.objective(weights, decided.writes)
+        return _valued(batch.combined(weights, decided.writes, added), objective, batch, added)
+
+    def frozen(self) -> Constant:
+        """The tasks' weights in the last committed step, as constants.
+
+        For an optimizer that is to go on with what this one has found, such as L-BFGS after Adam, and for looking at
+        it. Average over steps with ``ema(...)``, if single ones are noisy.
+
+        Raises:
+            MTLWeightError: if no step was committed, or the weights are those of samples or gradient entries, which
+                belong to their batch.
+        """
+        report = self._record.report
+        if report.weights is None or report.writes != "task":
+            raise MTLWeightError(
+                "frozen() keeps one weight a task: expected a committed step with weights per task, found "
+                f"{'no step so far' if report.weights is None else f'weights per {report.writes}'}. Take a step, or "
+                "use a weighting per task."
+            )
+        return Constant(report.task_weights)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the wrapped optimizer, then the commit of what :meth:`combine` left pending.
 
         A step without a :meth:`combine` before it is the wrapped optimizer's own, and is not counted.
 
+        Within one ``step(closure)`` the first evaluation decides the weights, and they hold for all others, which cost
+        one forward and one backward each. The scalar's value is the weighted objective, whose gradient it has, so that
+        line searches and trust regions are right.
+
         Args:
             closure: computes gradients and returns the loss, for optimizers that evaluate it themselves.
 
         Raises:
             NonFiniteError: if a gradient is not finite and ``on_nonfinite="raise"``. Nothing has changed then.
+            MTLWeightError: if the closure is evaluated again, and the weights have no objective: weights per gradient
+                entry, ``heads="unweighted"``, ``outer``. The parameters are as before.
         """
         r = self._record
-        evaluations, pending, rewind = 0, r.pending, r.accumulation.mark()
+        evaluations, rewind = 0, r.accumulation.mark()
 
         def checked() -> Any:
             nonlocal evaluations
+            if r.closure is not None:
+                r.closure.calls = 0
             if evaluations:
-                r.pending = pending
                 rewind()
-            loss = closure() if closure is not None else None
-            r.accumulation.expect_complete()
-            if r.pending is not None and (r.pending.skip or not self._gradients_are_finite()):
+            try:
+                loss = closure() if closure is not None else None
+                r.accumulation.expect_complete()
+                if r.pending is not None and (r.pending.skip or not self._gradients_are_finite()):
+                    raise _SkipStepError
+            except (NonFiniteError, _SkipStepError) as error:
                 if evaluations:  # the wrapped optimizer has moved the parameters already
                     raise NonFiniteError(
                         "Expected finite numbers throughout the step of an optimizer that evaluates its closure more "
                         "than once, found NaN or infinity after it had moved. Lower the learning rate, or use a line "
                         "search."
-                    )
-                raise _SkipStepError
+                    ) from error
+                raise
             evaluations += 1
             return loss
 
@@ -334,10 +453,13 @@ class MultiTaskOptimizer(Optimizer):
                 checked()
                 result = r.optimizer.step()
             else:
+                r.closure = _Closure()
                 result = r.optimizer.step(checked)
         except _SkipStepError:
             self._commit(skipped=True)
             return None
+        finally:
+            r.closure = None
         if r.capture is not None:
             r.capture.clear()
         self._commit()
@@ -397,18 +519,19 @@ class MultiTaskOptimizer(Optimizer):
     def __repr__(self) -> str:
         return f"MultiTaskOptimizer({self._record.weighting!r}, {self._record.optimizer!r})"
 
-    def _plan(self, start: _Pending, mask: Any = None) -> Plan:
+    def _plan(self, start: _Pending, mask: Any = None, *, ordinary: bool = False, needs: Needs | None = None) -> Plan:
         r = self._record
         outer = parameters(r.outer)
         return Plan(
             weighting=r.weighting,
             use=r.weighting.reference,
-            needs=r.weighting.needs_at(r.step),
+            needs=r.weighting.needs_at(r.step) if needs is None else needs,
             engine=r.engine,
             heads=r.heads,
             list_shared=lambda: None if r.shared is None else parameters(r.shared, without=outer),
             outer=outer,
-            keep_graph=r.penalty is not None,
+            keep_graph=r.penalty is not None or ordinary,
+            ordinary=ordinary,
             optimizer=r.optimizer,
             modules=self._modules(),
             capture=r.capture,
@@ -439,6 +562,25 @@ class MultiTaskOptimizer(Optimizer):
                 f"found {'nothing' if r.shared is None else 'parameters'}. Pass the encoder."
             )
         r.capture = Capture(modules)
+
+    def _expect_one_graph(self, losses: Any) -> None:
+        r = self._record
+        found = (
+            "losses in parts, each of whose graphs is freed before the next"
+            if isinstance(losses, (list, tuple))
+            else "weights per gradient entry"
+            if r.weighting.writes == "entry"
+            else "heads='unweighted'"
+            if r.heads == "unweighted"
+            else "outer=..."
+            if r.outer
+            else None
+        )
+        if found is not None:
+            raise MTLWeightError(
+                "combine(..., retain_graph=True) goes back through the losses' graph with the weights as constants: "
+                f"expected one weighted sum of the losses whose gradient is the step, found {found}. Leave it out."
+            )
 
     def _expect_finite(self, weights: Tensor, state: State) -> None:
         if not all_finite([weights, *tensors_of(state)]):
@@ -505,6 +647,15 @@ class MultiTaskOptimizer(Optimizer):
             combine = MultiTaskOptimizer.combine.__code__
             level = next((level for level, (frame, _) in enumerate(frames, 1) if frame.f_code is combine), 0)
             warnings.warn(f"mtlweight: {text}; falling back to the {then} engine.", stacklevel=level + 1)
+
+
+def _valued(scalar: Tensor, objective: Tensor | None, batch: Batch, penalty: Tensor | None) -> Tensor:
+    """The scalar with the value of the objective that it has the gradient of."""
+    assert objective is not None
+    others = [term.detach().to(objective) for term in (batch.taught(), penalty) if term is not None]
+    if others:
+        objective = objective + batch.agreed(torch.stack(others).sum())
+    return scalar - scalar.detach() + objective.to(scalar)
 
 
 class _SkipStepError(Exception):

@@ -22,6 +22,8 @@ class Report:
         shares: ``[m, b]``, what each sample counts for in its task's mean, 0 if it has no label; ``None`` for ``[m]``.
         weights: ``[m]``, ``[m, b]`` or ``[m, n]``.
         writes: which of these: ``"task"``, ``"sample"`` or ``"entry"``.
+        objective: the weighted losses added up, ``Σ w ℓ``, without a penalty or what a reference teaches; ``None`` for
+            weights per gradient entry, which are the gradient of no objective.
         gramian: ``[m, m]`` inner products of the tasks' gradients, if they were measured.
         alignment: ``[m]`` or ``[m, b]`` inner products with the reference's gradient, if they were measured.
         own: of several processes that weigh their batches as one, the columns of this one's samples in the tensors
@@ -31,6 +33,8 @@ class Report:
         skipped: number of steps that were skipped so far (non-finite values, or no task present).
         dropped: how often each task was dropped from a batch so far because it was not finite.
         fallbacks: how often each engine's fallback was taken so far, with its cause.
+        uncommitted: how often so far gradients were computed with weights that no :meth:`step` committed, because
+            another ``combine`` came first or the wrapped optimizer was stepped behind this one.
     """
 
     step: int = 0
@@ -39,6 +43,7 @@ class Report:
     shares: Tensor | None = None
     weights: Tensor | None = None
     writes: str = "task"
+    objective: Tensor | None = None
     gramian: Tensor | None = None
     alignment: Tensor | None = None
     own: slice | None = None
@@ -47,6 +52,7 @@ class Report:
     skipped: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
     fallbacks: Mapping[str, int] = field(default_factory=dict)
+    uncommitted: int = 0
 
     @property
     def task_losses(self) -> dict[str, float]:

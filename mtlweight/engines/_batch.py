@@ -15,7 +15,7 @@ from mtlweight._view import Needs, View, expect_samples
 from mtlweight._weighting import Level, wrong_shape
 from mtlweight.engines import _losses, batched, forward, pullback, rows, samples
 from mtlweight.engines._confirm import DISAGREES, confirmed
-from mtlweight.engines._grad import explain
+from mtlweight.engines._grad import explain, used_up
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import Pairs, inject_known
 from mtlweight.engines._layers import Linear, linear_layers
@@ -184,6 +184,26 @@ class Batch:
         """The value of an objective beside the losses, with its graph."""
         return objective(self.graphs, view.of(self), environments)
 
+    def objective(self, weights: Tensor, writes: Level) -> Tensor | None:
+        """The weighted losses added up; ``None`` for weights per gradient entry, which no objective has."""
+        if writes == "entry":
+            return None
+        losses = self.losses()
+        if writes == "task" and losses.ndim == 2:
+            losses = (self.shares() * losses).sum(dim=1)
+        return torch.dot(weights.to(losses.dtype).flatten(), losses.flatten())
+
+    def taught(self) -> Tensor | None:
+        """What the objective has of the reference itself, as a value."""
+        use = self._plan.use
+        if use is None or not use.learn or self._reference is None:
+            return None
+        return use.learn * self._reference().objective.detach()
+
+    def agreed(self, value: Tensor) -> Tensor:
+        """A value that each process has its own of, as their mean."""
+        return value
+
     def combined(self, weights: Tensor, writes: Level, penalty: Tensor | None = None) -> Tensor:
         """The scalar whose backward is the weighted step, and whose value is the plain sum of the tasks' losses.
 
@@ -200,7 +220,8 @@ class Batch:
 
         value = plain(stacked.detach()).sum()
         rows = self._rows
-        if writes == "entry" or (writes == "task" and rows is not None and rows.coefficients is None):
+        measured = writes == "task" and rows is not None and rows.coefficients is None
+        if writes == "entry" or (measured and not self._plan.ordinary):
             if rows is None:
                 raise MTLWeightError(
                     f"{self._plan.name} writes weights per entry: expected it to read view.jacobian, found that it did "
@@ -220,6 +241,8 @@ class Batch:
                 inner = [p for p, _ in self._inner([(p, None) for p in graph.leaves])]
                 keep = self._plan.keep_graph
                 found = gradient(total, inner, keep_graph=keep, narrow=graph.narrow)
+                if not keep:
+                    used_up(graph)
                 scalar = inject_known(value, list(zip(inner, found, strict=True)))
             else:
                 scalar = total
@@ -231,6 +254,9 @@ class Batch:
         """With what the reference itself teaches."""
         use = self._plan.use
         if use is not None and use.learn and self._reference is not None:
+            if self._plan.ordinary:
+                taught = use.learn * self._reference().objective
+                return scalar + (taught - taught.detach()).to(scalar)
             learnt: Pairs = [(p, use.learn * g) for p, g in self._reference().learnt]
             scalar = scalar + inject_known(torch.zeros_like(value), learnt)
         if self._plan.outer:
@@ -300,7 +326,7 @@ class Batch:
             for t, loss in enumerate(losses)
         ]
         # The graph is needed again only if the step is an ordinary backward, or alignments are still to come.
-        final = plan.writes != "sample" and coefficients is None and keep_graph is None
+        final = plan.writes != "sample" and coefficients is None and keep_graph is None and not plan.ordinary
         keep = not final or plan.keep_graph or (Needs.ALIGNMENT in plan.weighting.needs and self._aligned is None)
         known = {id(p) for p in [*inputs, *plan.outer]}
         graph = Backward(outputs)
@@ -317,10 +343,13 @@ class Batch:
                     layers = linear_layers(graph, inputs, lambda layer: layer.compares(len(outputs)))
                 gradients = rows.gradients(graph, every, keep_graph=keep, layers=layers)
             entering = {k: layer.kept() for k, layer in layers.items()}
-            return Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole, entering=entering)
+            found = Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole, entering=entering)
         except RuntimeError as error:
             explain(error)  # gradients that are read too late
             raise
+        if not keep and engine != "samples":
+            used_up(graph)
+        return found
 
     def _two_backwards(self, weighted: Tensor, plain: Tensor) -> Pairs:
         shared = self._plan.shared_for("shared parameters")
@@ -330,6 +359,8 @@ class Batch:
         keep, short = self._plan.keep_graph, graph.narrow
         first = gradient(weighted, shared, keep_graph=True, narrow=short)
         second = gradient(plain, rest, keep_graph=keep, narrow=short)
+        if not keep:
+            used_up(graph)
         return [*zip(shared, first, strict=True), *zip(rest, second, strict=True)]
 
     def _check(self, what: str, values: Tensor, rows: Rows | None = None) -> None:

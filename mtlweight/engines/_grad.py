@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mtlweight._errors import MTLWeightError
 from mtlweight._statistics import all_finite
-from mtlweight.engines._graph import Backward
+from mtlweight.engines._graph import Backward, leaf_of
 
 _REPEATABLE: WeakSet[type] = WeakSet()
 """Compiled backwards that were seen to run twice on one graph and to find the same."""
@@ -23,7 +23,8 @@ _DIFFERENCE = 0.01
 """Relative to a gradient's largest entry: more than rounding makes, less than what an overwritten tensor does."""
 _FREED = (
     "The losses' graph was freed by an earlier backward or combine: expected a fresh graph, found a used one. Compute "
-    "the losses again before each combine, or pass them as a callable."
+    "the losses again before each combine, or pass them as a callable. If something of your own goes back through the "
+    "same graph, such as a term that you add to the scalar, call combine(..., retain_graph=True)."
 )
 _DONATED = (
     "The backward of a compiled model overwrites what its forward saved ('donated buffers'), so that it cannot run "
@@ -59,6 +60,17 @@ def explain(error: RuntimeError) -> None:
         raise MTLWeightError(_CUDA_GRAPHS) from error
     if "'Sparse" in text and "backend" in text:
         raise MTLWeightError(_SPARSE) from error
+
+
+def used_up(graph: Backward) -> None:
+    """Lets a later backward through a graph that was freed say what to do: torch's own advice cannot help there."""
+    for node in graph.nodes:
+        if leaf_of(node) is None:
+            node.register_prehook(_refuse)
+
+
+def _refuse(_gradients: Sequence[Tensor]) -> None:
+    raise MTLWeightError(_FREED)
 
 
 @contextlib.contextmanager

@@ -8,12 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlweight._errors import MTLWeightError
 from mtlweight._statistics import cast
 
 Pairs = list[tuple[Tensor, Tensor | None]]
 """Leaves with the gradients that they are to get."""
 Gradients = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
 """From the gradient that comes in, and saved tensors, to one gradient a leaf."""
+
+
+_MEASURED = (
+    "The step's gradients were measured before this backward and have no graph of their own: expected backward() "
+    "without create_graph=True, found it. For second derivatives, call combine(..., retain_graph=True): its backward "
+    "goes through the losses' graph, with the weights as constants."
+)
 
 
 class _Inject(torch.autograd.Function):
@@ -24,8 +32,9 @@ class _Inject(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # as it is under create_graph=True alone
+            raise MTLWeightError(_MEASURED)
         found = zip(ctx.gradients(incoming, ctx.saved_tensors), ctx.options, strict=True)
         written = [None if g is None else cast(g, *options) for g, options in found]
         return (None, None, None, *written, *[None] * len(ctx.saved_tensors))

@@ -97,6 +97,14 @@ class Joined(Batch):
         )
         return None if mine is None else mine * (len(told) / sum(told))
 
+    def agreed(self, value: Tensor) -> Tensor:
+        """A value that each process has its own of, as their mean."""
+
+        def fill(total: Tensor) -> None:
+            total.copy_(value)
+
+        return self._processes.total(fill, value) / self._processes.count
+
     def combined(self, weights: Tensor, writes: Level, penalty: Tensor | None = None) -> Tensor:
         """The scalar whose backward is this process's part of the weighted step.
 

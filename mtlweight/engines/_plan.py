@@ -43,6 +43,7 @@ class Plan:
             most: only where something reads gradients.
         outer: parameters that learn from the reference instead of the losses.
         keep_graph: whether the losses' graph is needed after the measurements.
+        ordinary: whether the step's backward goes through that graph, with the weights as constants.
         optimizer: the wrapped optimizer, which may be asked for a step ahead.
         modules: modules that the user named and whose parameters the forward engine may swap.
         capture: records the shared representation, for the features engine.
@@ -66,6 +67,7 @@ class Plan:
     list_shared: Callable[[], list[Tensor] | None]
     outer: list[Tensor]
     keep_graph: bool
+    ordinary: bool
     optimizer: Optimizer
     modules: list[nn.Module]
     capture: features.Capture | None

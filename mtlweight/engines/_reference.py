@@ -37,10 +37,13 @@ class Reference:
         total: dict[Tensor, Tensor] = {}
         factors: dict[Tensor, Factors] = {}
         self.narrow = False
+        self.objective = torch.zeros(())
         follows = plan.follows and not (use.learn or use.ema or use.unit or outer)
 
         def add(share: float, loss: Tensor) -> None:
             graph = Backward([loss])
+            part = share * wide(loss if plan.ordinary else loss.detach())
+            self.objective = self.objective.to(part) + part
             wanted = [p for p in graph.leaves if use.learn or id(p) in allowed or id(p) in outer]
             if graph.reentrant:
                 raise MTLWeightError(

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from mtlweight import DWA, MGDA, UW, Equal, GradNorm, MTLWeightError, MultiTaskOptimizer, PCGrad
-from tests.optimizer.problems import DEVICES, Counting, Problem, own, plain_step, same, step, wrap
+from tests.optimizer.problems import DEVICES, Problem, plain_step, same, step, wrap
 
 # The bare optimizer
 
@@ -115,108 +115,6 @@ def test_a_scheduler_still_warns_if_it_steps_before_the_optimizer():
     scheduler = lr_scheduler.StepLR(optimizer, 1)
     with pytest.warns(UserWarning, match=r"lr_scheduler.step\(\)` before `optimizer.step\(\)"):
         scheduler.step()
-
-
-# Closures
-
-
-def with_closure(optimizer, problem, k, combine):
-    evaluations = 0
-
-    def closure():
-        nonlocal evaluations
-        evaluations += 1
-        optimizer.zero_grad()
-        loss = combine(problem.losses(k))
-        loss.backward()
-        return loss
-
-    return optimizer.step(closure), evaluations
-
-
-@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_lbfgs_with_equal_weights_converges_as_the_bare_one(line_search):
-    p = Problem()
-    q = copy.deepcopy(p)
-    options = {"lr": 0.5, "max_iter": 5, "line_search_fn": line_search}
-    optimizer = MultiTaskOptimizer(torch.optim.LBFGS(p.model.parameters(), **options), Equal())
-    bare = torch.optim.LBFGS(q.model.parameters(), **options)
-    first = float(sum(p.losses().values()).detach())
-    for _ in range(10):
-        ours, evaluations = with_closure(optimizer, p, 0, optimizer.combine)
-        theirs, wanted = with_closure(bare, q, 0, lambda losses: sum(losses.values()))
-        assert float(ours.detach()) == float(theirs.detach())
-        assert evaluations == wanted
-    assert same(p.parameters(), q.parameters())
-    assert float(sum(p.losses().values()).detach()) < 0.1 * first
-    assert optimizer.report.step == 10
-
-
-@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_the_state_advances_once_a_step_however_often_the_closure_runs(line_search):
-    p = Problem()
-    lbfgs = torch.optim.LBFGS(p.model.parameters(), lr=0.1, max_iter=7, line_search_fn=line_search)
-    optimizer = MultiTaskOptimizer(lbfgs, Counting())
-    for k in range(1, 4):
-        _, evaluations = with_closure(optimizer, p, 0, optimizer.combine)
-        assert evaluations > 1
-        assert float(own(optimizer)["state"]["count"]) == optimizer.report.step == k
-
-
-def test_weights_stay_fixed_within_one_step_of_lbfgs():
-    p = Problem()
-    optimizer = MultiTaskOptimizer(torch.optim.LBFGS(p.model.parameters(), max_iter=5, lr=0.1), DWA() >> UW())
-    seen = []
-
-    def combine(losses):
-        combined = optimizer.combine(losses)
-        seen.append(optimizer._record.pending.report.weights)
-        return combined
-
-    for k in range(3):
-        with_closure(optimizer, p, k, combine)
-        assert len(seen) > 1
-        assert all(torch.equal(weights, seen[0]) for weights in seen)
-        seen.clear()
-    assert all(value.isfinite() for value in own(optimizer)["state"]["1"]["log_variance"].values())
-
-
-def test_adam_with_a_closure_equals_adam_without():
-    p = Problem()
-    q = copy.deepcopy(p)
-    ours = MultiTaskOptimizer(torch.optim.Adam(p.model.parameters()), DWA())
-    theirs = MultiTaskOptimizer(torch.optim.Adam(q.model.parameters()), DWA())
-    for k in range(4):
-        loss, evaluations = with_closure(ours, p, k, ours.combine)
-        assert evaluations == 1
-        assert float(loss.detach()) == float(step(theirs, q.losses(k)))
-    assert same(p.everything(ours), q.everything(theirs))
-
-
-def test_a_closure_that_clears_gradients_after_combine_as_lightning_does_is_committed():
-    p = Problem()
-    q = copy.deepcopy(p)
-    ours, theirs = wrap(p, Counting()), wrap(q, Counting())
-
-    def closure():
-        loss = ours.combine(p.losses())
-        ours.zero_grad()
-        loss.backward()
-        return loss
-
-    ours.step(closure)
-    step(theirs, q.losses())
-    assert same(p.everything(ours), q.everything(theirs))
-
-
-def test_a_closure_whose_first_losses_are_not_finite_skips_the_step_before_anything_has_changed():
-    p = Problem()
-    lbfgs = torch.optim.LBFGS(p.model.parameters(), max_iter=5)
-    optimizer = MultiTaskOptimizer(lbfgs, Counting(), on_nonfinite="skip")
-    before = p.parameters()
-    with_closure(optimizer, p, 0, lambda losses: optimizer.combine({t: x * torch.inf for t, x in losses.items()}))
-    assert same(p.parameters(), before)
-    assert (optimizer.report.step, optimizer.report.skipped) == (0, 1)
 
 
 # Parameters that come, freeze and thaw
