@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ from mtlweight.engines import (
 )
 from mtlweight.loss.constant import Constant
 
+P = ParamSpec("P")
+T = TypeVar("T")
 # From the losses with their graph, the view for notes, and `environments`, to a scalar that is added to the step.
 Penalty = Callable[[Mapping[str, Tensor], View, Any], Tensor]
 
@@ -116,6 +118,19 @@ class _Record:
     broken: dict[str, str] = field(default_factory=dict)
     uses: Counter[str] = field(default_factory=Counter)
     capture: Capture | None = None
+
+
+def _uncompiled(method: Callable[P, T]) -> Callable[P, T]:
+    """The method as a break in the graph of a compiled function: compiled code cannot ask autograd for gradients."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            outside: Callable[P, T] = torch.compiler.disable(run)
+            return outside(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return run
 
 
 class MultiTaskOptimizer(Optimizer):
@@ -217,6 +232,7 @@ class MultiTaskOptimizer(Optimizer):
         r = self._record
         return replace(r.report, skipped=r.skipped, dropped=dict(r.dropped), fallbacks=dict(r.fallbacks))
 
+    @_uncompiled
     def combine(
         self,
         losses: Any,
@@ -406,6 +422,7 @@ class MultiTaskOptimizer(Optimizer):
             )
         return Constant(report.task_weights)
 
+    @_uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the wrapped optimizer, then the commit of what :meth:`combine` left pending.
 

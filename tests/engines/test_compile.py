@@ -15,7 +15,23 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch import config as settings
 from torch._functorch.aot_autograd import make_boxed_func
 
-from mtlweight import DWA, MGDA, SLAW, STCH, UW, Constant, Equal, MTLWeightError, MultiTaskOptimizer, Needs, SLGrad
+from mtlweight import (
+    DWA,
+    FAMO,
+    MGDA,
+    RLW,
+    SLAW,
+    STCH,
+    UW,
+    Constant,
+    Equal,
+    GradDrop,
+    MTLWeightError,
+    MultiTaskOptimizer,
+    Needs,
+    PCGrad,
+    SLGrad,
+)
 from tests.engines.test_alignment import on_samples
 from tests.engines.zoo import Recipe, TwoTasks, close, numbers, problem
 from tests.registry import CASES
@@ -293,6 +309,56 @@ def test_weightings_that_neither_check_losses_nor_draw_numbers_are_called_inside
         return (by(losses=losses) * losses).sum()
 
     assert close(torch.compile(weighted, fullgraph=True, backend="eager")(), weighted())
+
+
+COMPILED_STEPS = {
+    "gradients": MGDA(),
+    "computed losses": PCGrad(),
+    "alignments": SLGrad("left"),
+    "entries": GradDrop(),
+    "losses": UW(),
+    "seen again": FAMO(),
+    "draws": RLW(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, of its own reading
+@pytest.mark.parametrize("how", ["step", "closure", "accumulate"])
+@pytest.mark.parametrize("case", COMPILED_STEPS)
+def test_a_training_step_may_be_compiled_with_combine_in_it(case, how):
+    def trained(compiled):
+        p = problem(RECIPE)
+        optimizer = optimizer_of(p, COMPILED_STEPS[case], engine="rows" if case == "alignments" else "auto")
+
+        def combine():
+            given = p.sample_losses() if case == "computed losses" else p.sample_losses
+            return optimizer.combine(given, reference=p.reference)
+
+        def backward():
+            optimizer.zero_grad()
+            loss = combine()
+            loss.backward()
+            return loss
+
+        def step():
+            if how == "closure":
+                return optimizer.step(backward)
+            if how == "accumulate":
+                optimizer.zero_grad()
+                for _ in range(2):
+                    with optimizer.accumulate(2, weigh="each"):
+                        (combine() / 2).backward()
+            else:
+                backward()
+            return optimizer.step()
+
+        run = torch.compile(step, backend="aot_eager") if compiled else step
+        for _ in range(3):
+            run()
+        assert optimizer.report.step == 3
+        return [parameter.detach() for parameter in p.model.parameters()]
+
+    assert all(close(a, b) for a, b in zip(trained(True), trained(False), strict=True))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's own
