@@ -59,6 +59,8 @@ class _Pending:
     dropped: tuple[str, ...] = ()
     skip: bool = False
     observe: Callable[[], Given] | None = None
+    parameters: int = 0  # how often they had been written to by then
+    gradients: int = 0  # a number for which gradients there were
 
 
 @dataclass
@@ -113,6 +115,9 @@ class _Record:
     accumulation: Accumulation = field(default_factory=Accumulation)
     report: Report = field(default_factory=Report)
     skipped: int = 0
+    uncommitted: int = 0
+    warned: bool = False
+    cleared: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     broken: dict[str, str] = field(default_factory=dict)
@@ -230,7 +235,8 @@ class MultiTaskOptimizer(Optimizer):
     def report(self) -> Report:
         """What the last committed step did; see :class:`~mtlweight._report.Report`."""
         r = self._record
-        return replace(r.report, skipped=r.skipped, dropped=dict(r.dropped), fallbacks=dict(r.fallbacks))
+        dropped, fallbacks = dict(r.dropped), dict(r.fallbacks)
+        return replace(r.report, skipped=r.skipped, dropped=dropped, fallbacks=fallbacks, uncommitted=r.uncommitted)
 
     @_uncompiled
     def combine(
@@ -281,7 +287,12 @@ class MultiTaskOptimizer(Optimizer):
             return r.accumulation.take(weigh, self.param_groups, as_outside(losses), as_outside(reference), mask)
 
     def accumulate(
-        self, k: int, *, last: bool | None = None, weigh: Literal["together", "each"] = "together"
+        self,
+        k: int,
+        *,
+        last: bool | None = None,
+        weigh: Literal["together", "each"] = "together",
+        divisor: int | None = None,
     ) -> contextlib.AbstractContextManager[None]:
         """Within the context, ``k`` calls of :meth:`combine` are the micro-batches of one step.
 
@@ -291,19 +302,22 @@ class MultiTaskOptimizer(Optimizer):
         around each call.
 
         Args:
-            k: what the loop divides each scalar by.
+            k: the number of micro-batches in a step, and what the loop divides each scalar by.
             last: whether the next micro-batch is the last of its step, for loops that know; such as
                 ``accelerator.sync_gradients``. Left out, it is the ``k``-th; then ``step`` raises if it comes earlier.
             weigh: ``"together"``: the first calls remember their losses, which must be callables that hold their data,
                 and return a scalar of value 0 whose backward leaves all gradients alone; the last one weighs them all
-                as one batch in parts, and returns ``k`` times its scalar. Their references count by their mean.
+                as one batch in parts, and returns ``divisor`` times its scalar. Their references count by their mean.
                 ``"each"``: each is weighed by itself, one after the other, from the state that the one before it left;
                 that costs least. The report is of the last one.
+            divisor: what the loop divides each scalar by, if not by ``k``: 1 for loops that do not divide, or the
+                number of micro-batches in this group, if that is what the loop takes where a group is short.
 
         Raises:
-            MTLWeightError: for arguments of another kind.
+            MTLWeightError: for arguments of another kind; and at the last micro-batch, if the loop was seen to divide
+                by another number (which a loss scale hides).
         """
-        return self._record.accumulation.within(k, last, weigh)
+        return self._record.accumulation.within(k, last, weigh, divisor)
 
     def _combine(
         self, environments: Any, penalty: Penalty | None, ordinary: bool, losses: Any, reference: Any, mask: Any
@@ -317,6 +331,8 @@ class MultiTaskOptimizer(Optimizer):
                 decided = r.closure.decided[r.closure.calls - 1]
                 return self._evaluate_again(decided, environments, penalty, losses, reference, mask)
         start = r.pending if r.accumulation.continues else None
+        if start is None and r.closure is None:
+            self._notice_uncommitted()
         start = start or _Pending(r.state, r.report, r.tasks, r.memory)
         r.pending = None
         if environments is not None and r.penalty is None:
@@ -365,6 +381,7 @@ class MultiTaskOptimizer(Optimizer):
         r.pending = _Pending(state, report, tasks, plan.memory, start.dropped + dropped, start.skip)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
+        r.pending.parameters, r.pending.gradients, r.cleared = *self._marks(), False
         if r.closure is None:
             return scalar
         r.closure.decided.append(_Decision(weights, writes, batch.tasks, batch.losses().shape, dropped, start))
@@ -484,6 +501,7 @@ class MultiTaskOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the wrapped optimizer's gradients. Leaves what is pending: closures call this between."""
+        self._record.cleared = True
         self._record.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -532,6 +550,21 @@ class MultiTaskOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._record = state["record"]
         self._watch()
+
+    def __getattr__(self, name: str) -> Any:
+        """The wrapped optimizer's own public attributes, such as ``first_step`` or ``train``; no private ones.
+
+        Gradient scalers and others ask for private names, and what the wrapped optimizer would answer is not true of
+        this one.
+        """
+        if not name.startswith("_") and hasattr(self._record.optimizer, name):
+            return getattr(self._record.optimizer, name)
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r}, and neither has the wrapped "
+            f"{type(self.optimizer).__name__}, as a public one"
+            if "_record" in vars(self)
+            else name
+        )
 
     def __repr__(self) -> str:
         return f"MultiTaskOptimizer({self._record.weighting!r}, {self._record.optimizer!r})"
@@ -653,6 +686,49 @@ class MultiTaskOptimizer(Optimizer):
             else:
                 r.fallbacks["the losses after the step were not finite: not observed"] += 1
 
+    def _marks(self) -> tuple[int, int]:
+        """Numbers that change when somebody writes to the parameters, and when a backward adds to their gradients."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        gradients = [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]
+        return sum(p._version for p in parameters), hash(tuple(gradients))
+
+    def _notice_uncommitted(self) -> None:
+        """Counts a pending step whose gradients were used and which nobody committed; warns of what is lost, once.
+
+        One that a gradient scaler skips is none of these: no parameter moves, and gradients are cleared.
+        """
+        r = self._record
+        if r.pending is None or r.pending.skip:
+            return
+        parameters, gradients = self._marks()
+        behind = parameters != r.pending.parameters
+        added = gradients not in (r.pending.gradients, hash(())) and not r.cleared
+        r.uncommitted += behind or added
+        remembers = next(tensors_of(r.pending.state or {}), None) is not None
+        if r.warned or not (behind or (added and remembers)):
+            return
+        r.warned = True
+        what, todo = (
+            ("the parameters moved after a combine, but not by this optimizer's step()", "Call step() of this one")
+            if behind
+            else (
+                "combine was called again before step(), and the gradients of both add up",
+                "For micro-batches of one step use accumulate(k), or pass them to combine as a list",
+            )
+        )
+        warnings.warn(
+            f"mtlweight: {what}: what {self._record.weighting!r} learned from the first is lost, and the step is not "
+            f"counted. {todo}. Steps like this one are counted in report.uncommitted.",
+            stacklevel=self._outside(),
+        )
+
+    @staticmethod
+    def _outside() -> int:
+        """The ``stacklevel`` for the caller of this method's caller at which the user's code called ``combine``."""
+        frames = traceback.walk_stack(inspect.currentframe())
+        combine = MultiTaskOptimizer.combine.__code__
+        return next((level for level, (frame, _) in enumerate(frames) if frame.f_code is combine), 0) + 1
+
     def _fall_back(self, engine: str, cause: str) -> None:
         r = self._record
         text = f"the {engine} engine cannot run here ({cause})"
@@ -660,10 +736,7 @@ class MultiTaskOptimizer(Optimizer):
         if engine not in r.broken:
             r.broken[engine] = cause
             then = {"forward": "pullback", "pullback": "rows"}[engine]
-            frames = traceback.walk_stack(inspect.currentframe())
-            combine = MultiTaskOptimizer.combine.__code__
-            level = next((level for level, (frame, _) in enumerate(frames, 1) if frame.f_code is combine), 0)
-            warnings.warn(f"mtlweight: {text}; falling back to the {then} engine.", stacklevel=level + 1)
+            warnings.warn(f"mtlweight: {text}; falling back to the {then} engine.", stacklevel=self._outside())
 
 
 def _valued(scalar: Tensor, objective: Tensor | None, batch: Batch, penalty: Tensor | None) -> Tensor:

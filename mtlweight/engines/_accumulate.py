@@ -33,40 +33,51 @@ class Accumulation:
         size: how many make up a step; ``None`` where nothing is accumulated.
         last: whether the next one is the last of its step; ``None``: if it is the ``size``-th.
         each: whether each one is weighed by itself.
+        divisor: what the loop divides each scalar by; ``None``: by ``size``.
         count: how many have come since the last step.
         total: how many make up the step of those that have come.
         complete: whether the last one has come.
         parts: losses, reference and mask of those that wait.
+        scalars: what they returned, whose gradients say what the loop divided them by.
     """
 
     size: int | None = None
     last: bool | None = None
     each: bool = False
+    divisor: int | None = None
     count: int = 0
     total: int = 0
     complete: bool = False
     parts: list[tuple[Any, Any, Any]] = field(default_factory=list)
     outside: list[list[tuple[str, Any]]] = field(default_factory=list)
+    scalars: list[Tensor] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def within(self, size: int, last: bool | None, weigh: str) -> Iterator[None]:
+    def within(self, size: int, last: bool | None, weigh: str, divisor: int | None) -> Iterator[None]:
         """Within the context ``size`` micro-batches make up a step. An error that leaves it forgets those that wait."""
         expect_count("accumulate", "micro-batches a step", size)
         if weigh not in ("together", "each"):
             raise MTLWeightError(f"accumulate: expected weigh='together' or 'each', found {weigh!r}. Choose one.")
-        before = self.size, self.last, self.each
-        self.size, self.last, self.each = size, last, weigh == "each"
+        if divisor is not None:
+            expect_count("accumulate", "divisor", divisor)
+            if weigh == "each":
+                raise MTLWeightError(
+                    f"accumulate: with weigh='each' every scalar is the loop's to divide: expected no divisor, found "
+                    f"{divisor}. Leave it out."
+                )
+        before = self.size, self.last, self.each, self.divisor
+        self.size, self.last, self.each, self.divisor = size, last, weigh == "each", divisor
         try:
             yield
         except BaseException:
             self.restart()
             raise
         finally:
-            self.size, self.last, self.each = before
+            self.size, self.last, self.each, self.divisor = before
 
     def restart(self) -> None:
         """The next micro-batch is the first of its step."""
-        self.count, self.complete, self.parts, self.outside = 0, False, [], []
+        self.count, self.complete, self.parts, self.outside, self.scalars = 0, False, [], [], []
 
     def mark(self) -> Callable[[], None]:
         """A function that forgets the micro-batches that come after this call: for closures that run again."""
@@ -76,7 +87,7 @@ class Accumulation:
 
         def rewind() -> None:
             self.count, self.complete = count, False
-            del self.parts[count:], self.outside[count:]
+            del self.parts[count:], self.outside[count:], self.scalars[count:]
 
         return rewind
 
@@ -86,7 +97,7 @@ class Accumulation:
         return self.each and self.count > 1
 
     def take(self, combine: Combine, groups: list[dict[str, Any]], losses: Any, reference: Any, mask: Any) -> Tensor:
-        """The scalar of a micro-batch, for loops that divide it by ``size``.
+        """The scalar of a micro-batch, for loops that divide it by ``divisor``.
 
         Args:
             combine: weighs losses with their reference and mask.
@@ -126,12 +137,15 @@ class Accumulation:
         self.outside.append(_outside([losses, reference]))
         if not self.complete:
             device = next(p.device for group in groups for p in group["params"])
-            return torch.zeros((), device=device, requires_grad=True)  # its backward leaves all parameters alone
+            scalar = torch.zeros((), device=device, requires_grad=True)  # its backward leaves all parameters alone
+            self.scalars.append(scalar)
+            return scalar
         self._expect_own_data()
+        divisor = self._expect_divided()
         each, references, masks = ([*column] for column in zip(*self.parts, strict=True))
         given = [one for one in references if one is not None]
         alone = len(each) == 1
-        return self.size * combine(
+        return divisor * combine(
             each[0] if alone else each,
             given[0] if len(given) == 1 else given or None,
             masks[0] if alone else None if all(one is None for one in masks) else masks,
@@ -144,6 +158,23 @@ class Accumulation:
                 f"accumulate: expected step() after {self.total} micro-batches, found it after {self.count}, which "
                 f"wait for the last one and have no gradient yet. {_LAST}"
             )
+
+    def _expect_divided(self) -> int:
+        """What the loop divides by; raises if it was seen to divide by another number. A loss scale hides that."""
+        assert self.size is not None
+        divisor = self.size if self.divisor is None else self.divisor
+        factors = [float(scalar.grad) for scalar in self.scalars if scalar.grad is not None]
+        numbers = [n for n in range(1, self.size + 1) if any(abs(n * factor - 1) < 1e-3 for factor in factors)]
+        found = next((n for n in numbers if n != divisor), None)
+        if found is not None:
+            self.restart()
+            raise MTLWeightError(
+                f"accumulate: expected a loop that divides each scalar by {divisor}, found one that "
+                f"{f'divides by {found}' if found > 1 else 'does not divide'}, so that gradients would be "
+                f"{divisor / found:g} times too large. Pass divisor={found}: some trainers divide by the number of "
+                "micro-batches in the group, which may be short, and some not at all."
+            )
+        return divisor
 
     def _expect_own_data(self) -> None:
         for (losses, reference, _), then in zip(self.parts, self.outside, strict=True):

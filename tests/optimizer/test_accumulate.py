@@ -43,9 +43,10 @@ def micro_batches(p, k=0, cuts=CUTS):
     return [functools.partial(part_of, p, k, cut) for cut in cuts]
 
 
-def accumulated(optimizer, parts, *, count=None, references=None, masks=None, scaler=None, **options):
+def accumulated(optimizer, parts, *, count=None, divide=None, references=None, masks=None, scaler=None, **options):
     """The loop that trainers have: a scalar a micro-batch, divided by their number, then the step."""
     count = count or len(parts)
+    divide = divide or count
     optimizer.zero_grad()
     values = []
     for i, part in enumerate(parts):
@@ -53,7 +54,7 @@ def accumulated(optimizer, parts, *, count=None, references=None, masks=None, sc
         given.update({} if masks is None else {"mask": masks[i]})
         with optimizer.accumulate(count, **options):
             scalar = optimizer.combine(part, **given)
-        (scalar / count if scaler is None else scaler.scale(scalar / count)).backward()
+        (scalar / divide if scaler is None else scaler.scale(scalar / divide)).backward()
         values.append(scalar.detach())
     if scaler is None:
         optimizer.step()
@@ -193,7 +194,7 @@ def test_a_step_that_comes_too_early_raises_and_the_micro_batches_still_wait(how
     optimizer, other = optimizers(MGDA(), p, q)
     parts = micro_batches(p)
     with optimizer.accumulate(3):
-        optimizer.combine(parts[0]).backward()
+        (optimizer.combine(parts[0]) / 3).backward()
         before = p.everything(optimizer)
         with pytest.raises(MTLWeightError, match=r"step\(\) after 3 micro-batches, found it after [12], .*last="):
             optimizer.step(lambda: optimizer.combine(parts[1]) / 3) if how == "closure" else optimizer.step()
@@ -222,6 +223,47 @@ def test_more_micro_batches_than_the_loop_divides_by_are_an_error():
     (optimizer,) = optimizers(Equal(), p)
     with pytest.raises(MTLWeightError, match="at most 2 micro-batches a step, found one more"):
         accumulated(optimizer, micro_batches(p), count=2, last=False)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("count", "divide"), [(3, 3), (3, 1), (4, 3), (8, 3), (5, 1)])
+def test_whatever_the_loop_divides_by_the_step_is_the_whole_batchs_if_it_says_so(count, divide, scaled):
+    p, q = Problem(), Problem()
+    optimizer, other = optimizers(UW(step_size=0.5) >> MGDA(), p, q)
+    for k in range(3):
+        last = iter([False, False, True])
+        optimizer.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (8 * scaled), enabled=scaled)
+        for part in micro_batches(p, k):
+            with optimizer.accumulate(count, last=next(last), divisor=divide):
+                scalar = optimizer.combine(part)
+            scaler.scale(scalar / divide).backward()
+        scaler.step(optimizer)
+        step(other, lambda k=k: q.samples(k))
+        same_numbers(p.parameters(), q.parameters(), rtol=1e-7)
+
+
+def for_each(optimizer, parts, count, divide):
+    """A loop that does not say what it divides by."""
+    for i, part in enumerate(parts):
+        with optimizer.accumulate(count, last=i + 1 == len(parts)):
+            scalar = optimizer.combine(part)
+        (scalar / divide).backward()
+
+
+@pytest.mark.parametrize(("count", "divide"), [(3, 1), (3, 2), (4, 3), (4, 2)])
+def test_a_loop_that_divides_by_another_number_than_it_says_is_seen_and_nothing_changes(count, divide):
+    p = Problem()
+    (optimizer,) = optimizers(MGDA(), p)
+    parts = micro_batches(p)
+    before = p.everything(optimizer)
+    found = "does not divide" if divide == 1 else f"divides by {divide}"
+    message = rf"divides each scalar by {count}, found one that {found}.*divisor={divide}"
+    with pytest.raises(MTLWeightError, match=message):
+        for_each(optimizer, parts, count, divide)
+    assert same(p.everything(optimizer), before)
+    accumulated(optimizer, parts, divide=divide, divisor=divide)
+    assert optimizer.report.step == 1
 
 
 @pytest.mark.parametrize("closure_holds", ["the last", "all"])
@@ -388,6 +430,8 @@ def test_each_micro_batch_runs_under_the_autocast_of_its_own_call():
         (lambda p: p.losses, {}, "in parts come per sample"),
         (lambda p: p.samples, {"count": -1}, "expected micro-batches a step >= 1, found -1"),
         (lambda p: p.samples, {"weigh": "all"}, "expected weigh='together' or 'each', found 'all'"),
+        (lambda p: p.samples, {"divisor": 0}, "expected divisor >= 1, found 0"),
+        (lambda p: p.samples, {"divisor": 2, "weigh": "each"}, "weigh='each'.*expected no divisor, found 2"),
     ],
 )
 def test_what_cannot_be_accumulated_says_so(given, options, message):

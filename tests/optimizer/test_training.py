@@ -196,6 +196,7 @@ def test_a_frozen_shared_module_is_an_error_for_a_weighting_that_reads_gradients
 # Accumulation
 
 
+@pytest.mark.filterwarnings("ignore:mtlweight. combine was called again before step")
 @pytest.mark.parametrize("weighting", [Equal(), DWA(), MGDA(), PCGrad()], ids=repr)
 def test_two_backwards_before_a_step_add_their_gradients(weighting):
     p = Problem()
