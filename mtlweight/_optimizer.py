@@ -494,13 +494,14 @@ class MultiTaskOptimizer(Optimizer):
             else:
                 r.fallbacks["the losses after the step were not finite: not observed"] += 1
 
-    def _fall_back(self, engine: str, cause: str) -> None:
+    def _fall_back(self, engine: str, cause: str, *, wholly: bool = True) -> None:
         r = self._record
         text = f"the {engine} engine cannot run here ({cause})"
         r.fallbacks[text] += 1
-        if engine not in r.broken:
-            r.broken[engine] = cause
-            then = {"forward": "pullback", "pullback": "rows"}[engine]
+        if engine not in r.broken if wholly else r.fallbacks[text] == 1:
+            if wholly:
+                r.broken[engine] = cause
+            then = {"forward": "pullback"}.get(engine, "rows")
             frames = traceback.walk_stack(inspect.currentframe())
             combine = MultiTaskOptimizer.combine.__code__
             level = next((level for level, (frame, _) in enumerate(frames, 1) if frame.f_code is combine), 0)

@@ -46,6 +46,10 @@ _CONDITION = (
     "torch.cond has neither a forward nor a second derivative, and needs its compiler for the first: expected losses "
     "without it, found some that use it. Use engine='rows', or an if in Python."
 )
+_REENTRANT = (
+    "Reentrant activation checkpointing hides parameters from the graph: no gradient can be asked for. "
+    "Expected checkpoint(..., use_reentrant=False), found use_reentrant=True. Change it."
+)
 
 
 def explain(error: RuntimeError) -> None:
@@ -57,6 +61,8 @@ def explain(error: RuntimeError) -> None:
         raise MTLWeightError(_DONATED) from error
     if "CUDAGraphs that has been overwritten" in text:
         raise MTLWeightError(_CUDA_GRAPHS) from error
+    if "use_reentrant=True" in text:
+        raise MTLWeightError(_REENTRANT) from error
     if "'Sparse" in text and "backend" in text:
         raise MTLWeightError(_SPARSE) from error
 
