@@ -13,7 +13,7 @@ from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._statistics import all_finite, cast, row_sizes, statistics_dtype, widest
 from mtlweight._view import Needs, View, expect_samples
 from mtlweight._weighting import Level, wrong_shape
-from mtlweight.engines import _losses, batched, forward, pullback, rows, samples
+from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
 from mtlweight.engines._confirm import NOT_FINITE, DisagreesError, expect_same_rows, judged
 from mtlweight.engines._grad import explain
 from mtlweight.engines._graph import Backward
@@ -141,8 +141,10 @@ class Batch:
 
     def _features(self, coefficients: Tensor | None) -> Tensor | None:
         """The Gramian at the shared representation, if there is one."""
-        measured = self._measure(self._points, coefficients, "rows", keep_graph=True) if self._points else None
-        return None if measured is None or not measured.reached else measured.gramian
+        plan = self._plan
+        if not self._points or not features.reach(self._losses, self._points, plan.shared or [], plan.called):
+            return None
+        return self._measure(self._points, coefficients, "rows", keep_graph=True).gramian
 
     def _checked(self, gramian: Tensor, over: Rows | None = None) -> Tensor:
         self._check("gradient", gramian.diagonal(), over)  # finite if and only if the rows are

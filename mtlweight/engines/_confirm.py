@@ -8,11 +8,12 @@ coefficients have random signs and sizes: errors do not cancel, and no loss hide
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtlweight._statistics import all_finite, statistics_dtype
 from mtlweight.engines import rows
@@ -33,6 +34,8 @@ the entries of its gradient with the reference's. Without the latter, what cance
 alone made at most 7e-16, 4e-7, 7e-4 and 7e-3, by every engine, while networks were trained: small ones of each common
 layer, a residual one, deep and wide perceptrons, recurrent ones and a transformer, up to 5 million parameters.
 """
+TINY = 1e-30
+"""Instead of zero, where something is divided by it."""
 _TF32 = 0.02
 """The same for float32 on a GPU that may multiply in TF32, which has the digits of float16."""
 SUSPECT = {
@@ -121,24 +124,21 @@ def _expect_same(
     graph: Backward, inputs: Sequence[Tensor], tangents: Sequence[Tensor], found: Sequence[Tensor], seed: int
 ) -> None:
     """Raises unless a random combination of the alignments is the alignment of the same combination of the losses."""
-    device = graph.outputs[0].device
+    device, least = graph.outputs[0].device, _least(graph, inputs) * _norm(tangents)
     dtype = statistics_dtype(device)
     terms, values = [], []
-    each = coefficients(sum(loss.numel() for loss in graph.outputs), seed)
-    mixes = each.split([loss.numel() for loss in graph.outputs])
-    for mix, loss, given in zip(mixes, graph.outputs, found, strict=True):
+    mixes = coefficients(sum(loss.numel() for loss in graph.outputs), seed).to(device, dtype)
+    for mix, loss, given in zip(mixes.split([x.numel() for x in graph.outputs]), graph.outputs, found, strict=True):
         fine = given.isfinite() & loss.detach().isfinite()
         value = given[fine].to(device, dtype)
-        c = mix.to(device, dtype).view(fine.shape)[fine] / _size(value, loss.detach()[fine].to(device, dtype))
-        terms.append((c.to(loss) * wide(loss[fine])).sum().to(device))
+        c = mix.view(fine.shape)[fine] / max(_largest(value), least * _largest(loss.detach()[fine]), TINY)
+        terms.append((c.to(loss.device, loss.dtype) * wide(loss[fine])).sum().to(device))
         values.append(c * value)
     (gradient,) = rows.gradients(Backward([torch.stack(terms).sum()]), inputs, keep_graph=True)
     products = [wide(dense(g)) * wide(tangents[k]) for k, g in gradient.items()]
-    expected = sum(float(product.sum(dtype=dtype)) for product in products)
-    terms = [*values, *products]
-    size = sum(float(term.abs().sum(dtype=dtype)) for term in terms)
-    # What is not finite passes: it is for others to judge.
-    if abs(float(torch.cat(values).sum()) - expected) > tolerance(graph) * size:
+    difference = float(torch.cat(values).sum()) - sum(float(product.sum(dtype=dtype)) for product in products)
+    size = sum(float(each.abs().sum(dtype=dtype)) for each in (*values, *products))
+    if abs(difference) > tolerance(graph) * size:  # what is not finite passes: it is for others to judge
         raise DisagreesError
 
 
@@ -151,30 +151,40 @@ def expect_same_rows(graph: Backward, found: Rows, inputs: Sequence[Tensor], see
         inputs: with respect to which.
         seed: of the coefficients.
     """
-    each = coefficients(len(graph.outputs), seed)
-    terms, total = [], dict[Tensor, Tensor]()
-    size = 0.0
-    for mix, output, row in zip(each, graph.outputs, found.parts(), strict=True):
-        length = nn.utils.get_total_norm(row.values()).cpu()
-        c = float(mix / _size(length, output.detach().cpu()))
+    mixes, least = coefficients(len(graph.outputs), seed).tolist(), _least(graph, inputs)
+    terms, size, total = [], 0.0, dict[Tensor, Tensor]()
+    for mix, output, row in zip(mixes, graph.outputs, found.parts(), strict=True):
+        length = _norm(row.values())
+        c = mix / max(length, least * _largest(output.detach()), TINY)
         terms.append((c * output).to(graph.outputs[0].device))
-        size += abs(c) * float(length)
+        size += abs(c) * length
         for p, g in row.items():
             total[p] = c * g if p not in total else total[p] + c * g
     (gradient,) = rows.gradients(Backward([torch.stack(terms).sum()]), inputs, keep_graph=True)
     for k, g in gradient.items():
-        p, expected = inputs[k], wide(dense(g))
-        total[p] = total[p] - expected if p in total else expected
+        expected = wide(dense(g)).to(inputs[k].device)
+        total[inputs[k]] = total[inputs[k]] - expected if inputs[k] in total else -expected
         size += float(torch.linalg.vector_norm(expected))
-    if float(nn.utils.get_total_norm(total.values())) > tolerance(graph) * size:
+    if _norm(total.values()) > tolerance(graph) * size:
         raise DisagreesError
 
 
-def _size(values: Tensor, losses: Tensor) -> Tensor:
-    """What a task's values are divided by, so that none hides behind larger ones: the losses, where values are zero."""
-    first, second = (each.abs().max() if each.numel() else each.new_zeros(()) for each in (values, losses))
-    size = torch.where(first > 0, first, second)
-    return size if size > 0 else torch.ones_like(size)
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    each = [float(torch.linalg.vector_norm(wide(tensor))) for tensor in tensors]
+    return math.hypot(*each)
+
+
+def _least(graph: Backward, inputs: Sequence[Tensor]) -> float:
+    """How long a gradient is at least, relative to its loss, that is no more than rounding.
+
+    Tasks count by what was found for them, so that none hides behind a larger one; but not one with a constant loss.
+    """
+    rounding = max(torch.finfo(dtype).eps for dtype in graph.dtypes)
+    return 10 * rounding / tolerance(graph) / max(_norm(x.detach() for x in inputs), TINY)
 
 
 def coefficients(count: int, seed: int) -> Tensor:
