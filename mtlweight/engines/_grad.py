@@ -52,6 +52,15 @@ _REENTRANT = (
 )
 
 
+def hidden(found: str) -> MTLWeightError:
+    """The error for a function whose backward calls backward."""
+    return MTLWeightError(
+        "A function whose backward calls backward hides its parameters, so that their gradients cannot be measured: "
+        f"expected measuring to leave every .grad alone, found {found}. Reversible layers and older activation "
+        "checkpointing do so: use checkpoint(..., use_reentrant=False), or a weighting that reads losses alone."
+    )
+
+
 def explain(error: RuntimeError) -> None:
     """Raises what to do about an error of torch's that is known; returns for any other."""
     text = str(error)
@@ -63,6 +72,8 @@ def explain(error: RuntimeError) -> None:
         raise MTLWeightError(_CUDA_GRAPHS) from error
     if "use_reentrant=True" in text:
         raise MTLWeightError(_REENTRANT) from error
+    if "called inside torch.vmap" in text:
+        raise hidden("one that writes to it") from error
     if "'Sparse" in text and "backend" in text:
         raise MTLWeightError(_SPARSE) from error
 

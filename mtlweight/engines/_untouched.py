@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from mtlweight._errors import MTLWeightError
+from mtlweight.engines._grad import hidden
 
 
 @contextlib.contextmanager
@@ -44,12 +44,7 @@ def untouched(
         for p, gradient in before:
             p.grad = gradient
         if written:
-            raise MTLWeightError(
-                "A function whose backward calls backward hides its parameters, so that their gradients cannot be "
-                "measured: expected measuring to leave every .grad alone, found that it wrote to that of "
-                f"{called(written[0])}. Reversible layers and older activation checkpointing do so: use "
-                "checkpoint(..., use_reentrant=False), or a weighting that reads losses alone."
-            )
+            raise hidden(f"that it wrote to that of {called(written[0])}")
 
 
 @contextlib.contextmanager
