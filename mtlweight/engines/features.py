@@ -124,7 +124,8 @@ def _walk(start: Iterable[Edge], places: Mapping[Edge, int], *, stop: bool = Tru
     while stack:
         edge = stack.pop()
         node = edge[0]
-        leaf = leaf_of(node) if isinstance(node, Node) else None
+        function = None if isinstance(node, int) else node  # not all of torch's nodes are instances of Node
+        leaf = None if function is None else leaf_of(function)
         place = places.get(edge if leaf is None else (id(leaf), 0))
         if place is not None:
             points.add(place)
@@ -132,8 +133,8 @@ def _walk(start: Iterable[Edge], places: Mapping[Edge, int], *, stop: bool = Tru
                 continue
         if leaf is not None:
             leaves.append(leaf)
-        if isinstance(node, Node):
-            new = [parent for parent in node.next_functions if parent not in seen]
+        if function is not None:
+            new = [parent for parent in function.next_functions if parent not in seen]
             seen.update(new)
             stack.extend(new)
     return points, leaves

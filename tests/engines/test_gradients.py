@@ -213,6 +213,23 @@ def test_features_takes_tasks_that_use_some_levels_of_a_pyramid_each(uses):
     assert close(gramian, rows @ rows.T)
 
 
+def test_features_knows_the_representation_of_losses_that_the_forward_engine_computed():
+    p = problem(NETWORKS["linear"])
+    both = Reader(Needs.GRAMIAN | Needs.ALIGNMENT)
+    optimizer = MultiTaskOptimizer(
+        torch.optim.SGD(p.model.parameters(), lr=0.0),
+        both.weighting,
+        shared=p.model.encoder,
+        model=p.model,
+        engine="features",
+    )
+    optimizer.combine(p.task_losses, reference=p.reference)
+    optimizer.step()
+    assert optimizer.report.engine == "forward+features"
+    alone = Reader(Needs.GRAMIAN).read(p, p.task_losses, engine="features")["GRAMIAN"]
+    assert close(both.views[-1]["GRAMIAN"], alone)
+
+
 def each_with_its_own_input(encoder):
     return lambda: {str(t): encoder(torch.randn(4, 3))[-1].square().mean() for t in range(2)}
 
