@@ -729,13 +729,14 @@ class MultiTaskOptimizer(Optimizer):
         combine = MultiTaskOptimizer.combine.__code__
         return next((level for level, (frame, _) in enumerate(frames) if frame.f_code is combine), 0) + 1
 
-    def _fall_back(self, engine: str, cause: str) -> None:
+    def _fall_back(self, engine: str, cause: str, *, wholly: bool = True) -> None:
         r = self._record
         text = f"the {engine} engine cannot run here ({cause})"
         r.fallbacks[text] += 1
-        if engine not in r.broken:
-            r.broken[engine] = cause
-            then = {"forward": "pullback", "pullback": "rows"}[engine]
+        if engine not in r.broken if wholly else r.fallbacks[text] == 1:
+            if wholly:
+                r.broken[engine] = cause
+            then = {"forward": "pullback"}.get(engine, "rows")
             warnings.warn(f"mtlweight: {text}; falling back to the {then} engine.", stacklevel=self._outside())
 
 

@@ -13,8 +13,8 @@ from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._statistics import all_finite, cast, row_sizes, statistics_dtype, widest
 from mtlweight._view import Needs, View, expect_samples
 from mtlweight._weighting import Level, wrong_shape
-from mtlweight.engines import _losses, batched, forward, pullback, rows, samples
-from mtlweight.engines._confirm import DISAGREES, confirmed
+from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
+from mtlweight.engines._confirm import NOT_FINITE, DisagreesError, expect_same_rows, judged
 from mtlweight.engines._grad import explain, used_up
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._inject import Pairs, inject_known
@@ -141,8 +141,10 @@ class Batch:
 
     def _features(self, coefficients: Tensor | None) -> Tensor | None:
         """The Gramian at the shared representation, if there is one."""
-        measured = self._measure(self._points, coefficients, "rows", keep_graph=True) if self._points else None
-        return None if measured is None or not measured.reached else measured.gramian
+        plan = self._plan
+        if not self._points or not features.reach(self._losses, self._points, plan.shared or [], plan.called):
+            return None
+        return self._measure(self._points, coefficients, "rows", keep_graph=True).gramian
 
     def _checked(self, gramian: Tensor, over: Rows | None = None) -> Tensor:
         self._check("gradient", gramian.diagonal(), over)  # finite if and only if the rows are
@@ -240,7 +242,8 @@ class Batch:
                 graph = Backward([total])
                 inner = [p for p, _ in self._inner([(p, None) for p in graph.leaves])]
                 keep = self._plan.keep_graph
-                found = gradient(total, inner, keep_graph=keep, narrow=graph.narrow)
+                with self._plan.measuring():
+                    found = gradient(total, inner, keep_graph=keep, narrow=graph.narrow)
                 if not keep:
                     used_up(graph)
                 scalar = inject_known(value, list(zip(inner, found, strict=True)))
@@ -283,24 +286,23 @@ class Batch:
             places = main_scope(plan, self._losses, parameters)
             parameters, tangents = [parameters[k] for k in places], [tangents[k] for k in places]
         tangents, size = unit(tangents) if reference.narrow or Backward(losses).narrow else (tangents, 1.0)
-        engine = plan.alignment_engine
-        values: Tensor | None = None
-        if engine in ("auto", "forward", "pullback"):
-            cause = plan.broken.get("pullback")
-            if cause is None:
+        engine = {"rows": "rows", "samples": "samples"}.get(plan.alignment_engine, "pullback")
+        with plan.measuring():
+            if engine != "rows":
+                cause = plan.broken.get(engine)
                 try:
-                    found = pullback.alignment(losses, parameters, tangents)
-                    if plan.confirm("pullback") and not confirmed(losses, parameters, tangents, found.unbind()):
-                        raise RuntimeError(DISAGREES)
-                    engine, values = "pullback", found
+                    if cause is None:
+                        found = (samples if engine == "samples" else pullback).alignment(losses, parameters, tangents)
+                        each, filled = judged(plan, engine, losses, parameters, tangents, found.unbind())
+                        plan.used += [engine, "rows"] if filled else [engine]
+                        return {t: restored(values, size) for t, values in zip(self._losses, each, strict=True)}
                 except RuntimeError as error:
+                    if engine == "samples" and not isinstance(error, DisagreesError):
+                        raise
                     cause = forward.cause(error)
-            if values is None:
-                plan.warn("pullback", str(cause))
-                engine = "rows"
-        if values is None:
-            values = (samples if engine == "samples" else rows).alignment(losses, parameters, tangents)
-        plan.used.append(engine)
+                plan.warn(engine, str(cause))
+            values = rows.alignment(losses, parameters, tangents)
+        plan.used.append("rows")
         return dict(zip(self._losses, restored(values, size).unbind(), strict=True))
 
     def _with_reference(self) -> Reference:
@@ -318,7 +320,6 @@ class Batch:
         self, inputs: list[Tensor], coefficients: Tensor | None, engine: str, keep_graph: bool | None = None
     ) -> Rows:
         plan = self._plan
-        plan.used.append(plan.gradient_engine)
         losses = [wide(loss) for loss in self._losses.values()]  # so that their coefficients are not rounded to less
         each = self.shares() if coefficients is None and (plan.masks or self.means is not None) else coefficients
         outputs = [
@@ -332,24 +333,57 @@ class Batch:
         graph = Backward(outputs)
         rest = [p for p in graph.leaves if id(p) not in known] if final else []
         every = [*inputs, *rest]
-        whole, layers = Needs.JACOBIAN in plan.needs or plan.writes == "entry", dict[int, Linear]()
-        try:
+        whole = Needs.JACOBIAN in plan.needs or plan.writes == "entry"
+
+        def collected(engine: str) -> Rows:
+            layers: dict[int, Linear] = {}
             if engine == "samples":
                 gradients = samples.gradients(losses, every, each)
             elif engine == "batched":
-                gradients = batched.gradients(graph, every, keep_graph=keep)
+                gradients = batched.gradients(graph, every, keep_graph=True)
             else:
                 if coefficients is None and self.means is None and not whole:  # else rows of several parts add up
                     layers = linear_layers(graph, inputs, lambda layer: layer.compares(len(outputs)))
                 gradients = rows.gradients(graph, every, keep_graph=keep, layers=layers)
             entering = {k: layer.kept() for k, layer in layers.items()}
-            found = Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole, entering=entering)
-        except RuntimeError as error:
-            explain(error)  # gradients that are read too late
-            raise
-        if not keep and engine != "samples":
-            used_up(graph)
+            return Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole, entering=entering)
+
+        with plan.measuring():
+            try:
+                if engine in ("samples", "batched"):
+                    found = self._vectorized(engine, graph, every, collected)
+                else:
+                    found = collected("rows")
+                    plan.used.append(plan.gradient_engine)
+                    if not keep:
+                        used_up(graph)
+            except RuntimeError as error:
+                explain(error)  # gradients that are read too late
+                raise
         return found
+
+    def _vectorized(self, engine: str, graph: Backward, inputs: list[Tensor], collected: Callable[[str], Rows]) -> Rows:
+        """The rows of an engine that runs several backwards at once, as far as ordinary ones bear them out."""
+        plan, cause = self._plan, self._plan.broken.get(engine)
+        if cause is None:
+            found, confirm = collected(engine), plan.confirm(engine, graph.operators)
+            try:
+                if not all(fine := found.finite):
+                    ordinary = collected("rows")
+                    if ordinary.finite != fine:
+                        plan.warn(engine, NOT_FINITE)
+                        plan.used.append("rows")
+                        return ordinary
+                elif confirm:
+                    expect_same_rows(graph, found, inputs, plan.uses[engine])
+                    plan.trust(engine, graph.operators)
+                plan.used.append(engine)
+                return found
+            except DisagreesError as error:
+                cause = str(error)
+        plan.warn(engine, cause)
+        plan.used.append("rows")
+        return collected("rows")
 
     def _two_backwards(self, weighted: Tensor, plain: Tensor) -> Pairs:
         shared = self._plan.shared_for("shared parameters")
@@ -357,8 +391,9 @@ class Batch:
         graph = Backward([plain])
         rest = [p for p in graph.leaves if id(p) not in known]
         keep, short = self._plan.keep_graph, graph.narrow
-        first = gradient(weighted, shared, keep_graph=True, narrow=short)
-        second = gradient(plain, rest, keep_graph=keep, narrow=short)
+        with self._plan.measuring():
+            first = gradient(weighted, shared, keep_graph=True, narrow=short)
+            second = gradient(plain, rest, keep_graph=keep, narrow=short)
         if not keep:
             used_up(graph)
         return [*zip(shared, first, strict=True), *zip(rest, second, strict=True)]

@@ -11,6 +11,7 @@ from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs
 from mtlweight.engines import forward
 from mtlweight.engines._batch import Batch
+from mtlweight.engines._confirm import judged
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._plan import Plan
 from mtlweight.engines._range import restored, unit
@@ -49,9 +50,19 @@ def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) ->
     if "forward" in plan.broken:
         plan.warn("forward", plan.broken["forward"])
         return Batch(plan.named(losses()), plan, known)
+    engines = ["forward"]
+
+    def judge(present: dict[str, Tensor], aligned: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not present:
+            return aligned
+        with plan.measuring():
+            each, filled = judged(plan, "forward", [*present.values()], parameters, tangents, [*aligned.values()])
+        engines.extend(["rows"] if filled else [])
+        return dict(zip(present, each, strict=True))
+
     try:
         present, aligned = forward.losses_and_tangents(
-            losses, plan.named, plan.modules, names, parameters, tangents, confirm=plan.confirm("forward")
+            losses, plan.named, plan.modules, names, parameters, tangents, judge
         )
     except RuntimeError as error:
         # An error of the user's own is raised here again, as it is.
@@ -63,5 +74,5 @@ def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) ->
         if any(id(p) in outside for p in Backward(present.values()).leaves):
             plan.warn("forward", "the reference reaches heads of other tasks, which scope='main' leaves out")
             return Batch(present, plan, known)
-    plan.used.append("forward")
+    plan.used += engines
     return Batch(present, plan, known, {task: restored(values, size) for task, values in aligned.items()})

@@ -47,6 +47,19 @@ _CONDITION = (
     "torch.cond has neither a forward nor a second derivative, and needs its compiler for the first: expected losses "
     "without it, found some that use it. Use engine='rows', or an if in Python."
 )
+_REENTRANT = (
+    "Reentrant activation checkpointing hides parameters from the graph: no gradient can be asked for. "
+    "Expected checkpoint(..., use_reentrant=False), found use_reentrant=True. Change it."
+)
+
+
+def hidden(found: str) -> MTLWeightError:
+    """The error for a function whose backward calls backward."""
+    return MTLWeightError(
+        "A function whose backward calls backward hides its parameters, so that their gradients cannot be measured: "
+        f"expected measuring to leave every .grad alone, found {found}. Reversible layers and older activation "
+        "checkpointing do so: use checkpoint(..., use_reentrant=False), or a weighting that reads losses alone."
+    )
 
 
 def explain(error: RuntimeError) -> None:
@@ -58,6 +71,10 @@ def explain(error: RuntimeError) -> None:
         raise MTLWeightError(_DONATED) from error
     if "CUDAGraphs that has been overwritten" in text:
         raise MTLWeightError(_CUDA_GRAPHS) from error
+    if "use_reentrant=True" in text:
+        raise MTLWeightError(_REENTRANT) from error
+    if "called inside torch.vmap" in text:
+        raise hidden("one that writes to it") from error
     if "'Sparse" in text and "backend" in text:
         raise MTLWeightError(_SPARSE) from error
 

@@ -75,10 +75,17 @@ class Backward:
         """Whether a ``once_differentiable`` backward is among them. Torch cuts the graph there: another skips it."""
         return any(node.name() == "torch::autograd::Error" for node in self.nodes)
 
-    @property
-    def reentrant(self) -> bool:
-        """Whether reentrant activation checkpointing is among them, which hides the parameters that it uses."""
-        return any(node.name() == "CheckpointFunctionBackward" for node in self.nodes)
+    @functools.cached_property
+    def operators(self) -> set[str]:
+        """What operators there are, with those of their options that are a word, or yes or no.
+
+        Such as ``ScatterReduceBackward0(include_self=True, reduce=prod)``.
+        """
+        options = {kind: _options(node) for kind, node in {type(node): node for node in self.nodes}.items()}
+        found = {
+            (node.name(), *[(o, getattr(node, f"_saved_{o}")) for o in options[type(node)]]) for node in self.nodes
+        }
+        return {f"{name}({', '.join(f'{o}={value}' for o, value in given)})" for name, *given in found}
 
     def bypassed(self, views: Mapping[Tensor, Tensor]) -> list[Tensor]:
         """The leaves that are reached other than through the view that was to be used.
@@ -115,6 +122,20 @@ def leaves_of_each(outputs: Iterable[Tensor]) -> list[set[int]]:
         before = [found[k] for k in met - {t}]
         found.append(before[0] if len(before) == 1 and not mine else mine.union(*before))  # many samples share one set
     return found
+
+
+def _options(node: Node) -> list[str]:
+    """Names of the options that nodes of this type have."""
+    kind = type(node)
+    if kind not in _KNOWN:
+        names = dir(kind)
+        saved = [name.removeprefix("_saved_") for name in names if name.startswith("_saved_")]
+        plain = [name for name in saved if f"_raw_saved_{name}" not in names]  # tensors may be recomputed if asked for
+        _KNOWN[kind] = [name for name in plain if isinstance(getattr(node, f"_saved_{name}"), (bool, str))]
+    return _KNOWN[kind]
+
+
+_KNOWN: dict[type, list[str]] = {}
 
 
 def leaf_of(node: Node) -> Tensor | None:

@@ -113,7 +113,8 @@ class MicroBatches(Batch):
             else:
                 graph = Backward(sums[:1])
                 reached = graph.leaves
-                found = gradient(sums[0], reached, keep_graph=False, narrow=graph.narrow)
+                with self._plan.measuring():
+                    found = gradient(sums[0], reached, keep_graph=False, narrow=graph.narrow)
                 pairs = [*zip(reached, found, strict=True)]
             for p, g in self._inner(pairs):
                 if g is not None:

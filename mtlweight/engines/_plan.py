@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,9 +18,10 @@ from mtlweight._statistics import tensors_of
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Level, ReferenceUse, Weighting
 from mtlweight.engines import _losses, features
-from mtlweight.engines._confirm import due
+from mtlweight.engines._confirm import due, suspect
 from mtlweight.engines._parts import called
 from mtlweight.engines._processes import Processes, expect_whole
+from mtlweight.engines._untouched import untouched
 
 if TYPE_CHECKING:
     from mtlweight.engines._batch import Batch
@@ -55,8 +57,9 @@ class Plan:
         processes: those whose batches count as one, if there are several.
         stamp: what is the same in all of them, by name.
         broken: engines that have fallen back before, with the cause.
-        uses: how often each engine has measured alignments.
-        warn: called with an engine's name and the cause at each fallback.
+        uses: how often each engine has measured, and was confirmed with each operator.
+        warn: called with an engine's name and the cause at each fallback; with ``wholly=False`` where the engine is not
+            given up.
     """
 
     weighting: Weighting
@@ -80,7 +83,7 @@ class Plan:
     stamp: Mapping[str, Any]
     broken: Mapping[str, str]
     uses: Counter[str]
-    warn: Callable[[str, str], None]
+    warn: Callable[..., None]
     used: list[str] = field(default_factory=list)
 
     @property
@@ -171,10 +174,26 @@ class Plan:
         forward = self.alignment_engine in ("auto", "forward") and "forward" not in self.broken
         return forward and self.processes is None
 
-    def confirm(self, engine: str) -> bool:
-        """Counts a use of the engine, and says whether to confirm what it finds."""
+    def confirm(self, engine: str, operators: set[str]) -> bool:
+        """Counts a use of the engine, and says whether to confirm what it finds.
+
+        Args:
+            engine: its name.
+            operators: those in the graph. One that is new to the engine is a reason, so that a rare branch is confirmed
+                when it first appears.
+        """
         self.uses[engine] += 1
-        return due(self.uses[engine])
+        known = all(f"{engine}: {operator}" in self.uses for operator in operators)
+        return due(self.uses[engine]) or not known or suspect(engine, operators)
+
+    def trust(self, engine: str, operators: set[str]) -> None:
+        """Counts that the engine was confirmed with these operators."""
+        self.uses.update(f"{engine}: {operator}" for operator in operators)
+
+    def measuring(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context backwards measure: afterwards gradients and buffers are as they were."""
+        watched = dict.fromkeys([*self.trainable, *(self.shared or []), *self.outer])
+        return untouched([*watched], self.modules, self.called)
 
     def called(self, parameter: Tensor) -> str:
         """What messages call a parameter."""

@@ -120,7 +120,8 @@ def _gradients_ahead(trial: Batch, plan: Plan, *, keep: bool = False) -> dict[Te
     inner = [p for p in plan.trainable if id(p) not in outer]
 
     def own() -> dict[Tensor, Tensor | None]:
-        found = gradient(scalar, inner, keep_graph=keep, narrow=Backward([scalar]).narrow)
+        with plan.measuring():
+            found = gradient(scalar, inner, keep_graph=keep, narrow=Backward([scalar]).narrow)
         pairs = zip(inner, found, strict=True)
         return {p: None if g is None else hooked(p, g.to(p.dtype)) for p, g in pairs}
 

@@ -44,20 +44,19 @@ class Reference:
             graph = Backward([loss])
             part = share * wide(loss if plan.ordinary else loss.detach())
             self.objective = self.objective.to(part) + part
-            wanted = [p for p in graph.leaves if use.learn or id(p) in allowed or id(p) in outer]
-            if graph.reentrant:
-                raise MTLWeightError(
-                    "Reentrant activation checkpointing hides parameters from the graph: no gradient can be asked for. "
-                    "Expected checkpoint(..., use_reentrant=False), found use_reentrant=True. Change it."
-                )
+            leaves = graph.leaves
+            wanted = [p for p in leaves if use.learn or id(p) in allowed or id(p) in outer]
+            # Functions that hide their parameters have data in their place that require grad: seen if they run.
+            data = [x for x in leaves if not isinstance(x, torch.nn.Parameter) and all(x is not p for p in wanted)]
             # It may share its graph with the losses. And a compiled model whose first backward may free the graph
             # refuses later ones that keep it, which the rows need.
             self.narrow |= graph.narrow
             layers = linear_layers(graph, wanted, Linear.leads) if follows and not graph.narrow else {}
             asked = [layers[k].output if k in layers else p for k, p in enumerate(wanted)]
             stops, check = gray_convolutions(graph, wanted), bool(graph.compiled)
-            found = gradient(loss, asked, keep_graph=True, narrow=graph.narrow, check=check, stops=stops)
-            for k, (p, g) in enumerate(zip(wanted, found, strict=True)):
+            with plan.measuring():
+                found = gradient(loss, [*asked, *data], keep_graph=True, narrow=graph.narrow, check=check, stops=stops)
+            for k, (p, g) in enumerate(zip(wanted, found, strict=False)):
                 if g is None:
                     continue
                 term = wide(dense(g)) if share == 1 else share * wide(dense(g))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mtlweight._statistics import cast, gramian_of, widest
+from mtlweight._statistics import all_finite, cast, gramian_of, widest
 from mtlweight._weighting import Level
 from mtlweight.engines._inject import inject
 from mtlweight.engines._precision import in_full_precision
@@ -159,12 +159,28 @@ class Rows:
 
     def bad_input(self, t: int) -> Tensor | None:
         """The first input for which the gradient of output ``t`` is not finite."""
+        parts = self._split(t)
+        parts.update((each.place, each.made(t)) for each in self.products if each.deltas[t] is not None)
+        return next((self.inputs[k] for k in sorted(parts) if not parts[k].isfinite().all()), None)
+
+    def parts(self) -> Iterator[dict[Tensor, Tensor]]:
+        """For each output, its gradients by leaf, as far as they are made."""
+        for t, heads in enumerate(self.heads):
+            made = {self.inputs[k]: g.view(self.inputs[k].shape) for k, g in self._split(t).items()}
+            yield {**made, **{self.rest[k]: wide(g) for k, g in heads.items()}}
+
+    def _split(self, t: int) -> dict[int, Tensor]:
         parts: dict[int, Tensor] = {}
         for group, vector in zip(self.groups, self.vectors(t), strict=True):
             if vector is not None:
                 parts.update(zip(group, vector.split([self.inputs[k].numel() for k in group]), strict=True))
-        parts.update((each.place, each.made(t)) for each in self.products if each.deltas[t] is not None)
-        return next((self.inputs[k] for k in sorted(parts) if not parts[k].isfinite().all()), None)
+        return parts
+
+    @property
+    def finite(self) -> list[bool]:
+        """Whether each output's gradients are."""
+        each = [[*self._split(t).values(), *heads.values()] for t, heads in enumerate(self.heads)]
+        return [all_finite(gradients) for gradients in each]
 
     @property
     def gramian(self) -> Tensor:

@@ -101,6 +101,33 @@ def _normalized(func: Callable[..., Tensor], given: Tensor, *options: Any, **nam
     return _dual(value, tangent)
 
 
+def _embedding(
+    func: Callable[..., Tensor],
+    indices: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """As the backward has it: the row of the padding is a constant, and others may be divided by their number of uses.
+
+    Torch's own forward mode knows of neither.
+    """
+    ((rows, moves),) = _unpacked(weight)
+    value = func(indices, rows, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if moves is None:
+        return value
+    with torch.no_grad():
+        tangent = functional.embedding(indices, moves)
+        if padding_idx is not None:
+            tangent.masked_fill_((indices == padding_idx % len(rows))[..., None], 0)
+        if scale_grad_by_freq:
+            tangent /= indices.flatten().bincount(minlength=len(rows))[indices][..., None]
+    return _dual(value, tangent)
+
+
 def _unpacked(*values: Tensor | None) -> list[tuple[Any, Any]]:
     return [(None, None) if value is None else tuple(forward_ad.unpack_dual(value)) for value in values]
 
@@ -116,6 +143,7 @@ RULES: dict[Any, Callable[..., Any]] = {
     functional.conv2d: _bilinear,
     functional.conv3d: _bilinear,
     functional.batch_norm: _batch_norm,
+    functional.embedding: _embedding,
     functional.group_norm: _normalized,
     functional.layer_norm: _normalized,
 }

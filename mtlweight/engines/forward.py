@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from mtlweight.engines._again import snapshot
-from mtlweight.engines._confirm import DISAGREES, confirmed
 from mtlweight.engines._graph import Backward
 from mtlweight.engines._layers import Factors, made
 from mtlweight.engines._tangents import RULES, along_factors
@@ -147,8 +146,7 @@ def losses_and_tangents(
     names: Mapping[int, Sequence[str]],
     parameters: Sequence[Tensor],
     tangents: Sequence[Tensor | Factors],
-    *,
-    confirm: bool = False,
+    judge: Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Runs the closure with dual parameters ``p + ε g``: each loss is ``ℓ + ε <∇ℓ, g>``.
 
@@ -162,15 +160,14 @@ def losses_and_tangents(
         names: what :func:`names` says of the modules.
         parameters: the point.
         tangents: ``g``, one a parameter.
-        confirm: whether to compare the sum of the derivatives with a backward's.
+        judge: takes losses and derivatives, and returns the derivatives, or raises a ``RuntimeError``.
 
     Returns:
         tuple: the present tasks' losses, and their derivatives in the direction ``g``.
 
     Raises:
         RuntimeError: torch's own, for an operator without a forward derivative; or because the closure got hold of a
-            parameter without asking its module, or ``confirm`` found another sum. Buffers and random state are as
-            before the call.
+            parameter without asking its module; or the judge's. Buffers and random state are as before the call.
     """
     _load_formulas()
     module = _Closure(modules, closure)
@@ -199,13 +196,11 @@ def losses_and_tangents(
                 raise RuntimeError(f"a parameter of shape {list(p.shape)} is used outside model= and shared=")
             parts = {task: _split(loss) for task, loss in losses.items()}
         primals, found = ({task: part[k] for task, part in parts.items()} for k in (0, 1))
-        if confirm and not confirmed([*primals.values()], parameters, [made(g) for g in tangents], [*found.values()]):
-            raise RuntimeError(DISAGREES)
-        return primals, found
+        return primals, judge(primals, found)
     except _UnseenError:
         restore()
         every = [made(g) for g in tangents]
-        return losses_and_tangents(closure, named, modules, names, parameters, every, confirm=confirm)
+        return losses_and_tangents(closure, named, modules, names, parameters, every, judge)
     except RuntimeError:
         restore()
         raise

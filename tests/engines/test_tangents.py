@@ -43,6 +43,7 @@ LAYERS = {
     "group norm without parameters": (lambda x: functional.group_norm(x, 2), (3, 4, 5)),
     "layer norm": (lambda x, *affine: functional.layer_norm(x, (3, 5), *affine), (4, 3, 5), (3, 5), (3, 5)),
     "layer norm with one parameter": (lambda x, w: functional.layer_norm(x, (5,), w, eps=0.1), (4, 5), (5,)),
+    "embedding": (lambda table: functional.embedding(torch.tensor([[0, 3], [3, 1]]), table), (4, 2)),
 }
 
 

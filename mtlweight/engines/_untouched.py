@@ -1,0 +1,70 @@
+"""Backwards that measure, and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from mtlweight.engines._grad import hidden
+
+
+@contextlib.contextmanager
+def untouched(
+    parameters: Sequence[Tensor], modules: Sequence[nn.Module], called: Callable[[Tensor], str]
+) -> Iterator[None]:
+    """Within the context backwards run for what they find: afterwards gradients and buffers are as they were.
+
+    A function whose backward calls ``backward`` itself adds to ``.grad`` of parameters that are not in the graph, whose
+    gradients nobody can ask for. Activation checkpointing runs modules once more in each backward, and with them what
+    keeps running statistics.
+
+    Args:
+        parameters: those that may not be written.
+        modules: those whose buffers are restored, if any module runs.
+        called: what messages call a parameter.
+
+    Raises:
+        MTLWeightError: if a parameter was written.
+    """
+    before = [(p, p.grad) for p in parameters if p.grad is not None]
+    for p, _ in before:
+        p.grad = None
+    try:
+        with _buffers_of(modules):
+            yield
+    finally:
+        written = [p for p in parameters if p.grad is not None]
+        for p in written:
+            p.grad = None
+        for p, gradient in before:
+            p.grad = gradient
+        if written:
+            raise hidden(f"that it wrote to that of {called(written[0])}")
+
+
+@contextlib.contextmanager
+def _buffers_of(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the context buffers may change: they are copied when the first module runs, and mostly none does."""
+    kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+
+    def keep(_module: nn.Module, _inputs: Any) -> None:
+        handle.remove()
+        owners = {owner: None for module in modules for owner in module.modules()}
+        for owner in owners:
+            kept.extend((owner, name, b, b.clone()) for name, b in owner._buffers.items() if b is not None)
+
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for owner, name, buffer, value in kept:
+                buffer.data.copy_(value)  # not a change in the eyes of a graph that has saved it
+                if owner._buffers.get(name) is not buffer:
+                    setattr(owner, name, buffer)
