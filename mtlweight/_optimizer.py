@@ -50,7 +50,7 @@ class _Pending:
     """What ``step`` will commit."""
 
     state: State | None
-    report: Report
+    report: Report | None
     tasks: tuple[str, ...]
     memory: State
     dropped: tuple[str, ...] = ()
@@ -241,7 +241,7 @@ class MultiTaskOptimizer(Optimizer):
                 and return a scalar of value 0 whose backward leaves all gradients alone; the last one weighs them all
                 as one batch in parts, and returns ``k`` times its scalar. Their references count by their mean.
                 ``"each"``: each is weighed by itself, one after the other, from the state that the one before it left;
-                that costs least. The report is of the last one.
+                that costs least. The report is of the last one, and has the one before it in ``earlier``.
 
         Raises:
             MTLWeightError: for arguments of another kind.
@@ -251,7 +251,7 @@ class MultiTaskOptimizer(Optimizer):
     def _combine(self, environments: Any, objective: Penalty | None, losses: Any, reference: Any, mask: Any) -> Tensor:
         r = self._record
         start = r.pending if r.accumulation.continues else None
-        start = start or _Pending(r.state, r.report, r.tasks, r.memory)
+        start = start or _Pending(r.state, None, r.tasks, r.memory)
         r.pending = None
         if environments is not None and r.penalty is None:
             raise MTLWeightError(
@@ -291,7 +291,7 @@ class MultiTaskOptimizer(Optimizer):
             return self._skip(start, dropped, batch)
         writes = r.weighting.writes
         scalar = batch.combined(weights, writes, penalty)
-        report = Report(step=r.step + 1, weights=weights, writes=writes, notes=view.notes, **batch.measured())
+        report = Report(r.step + 1, earlier=start.report, weights=weights, notes=view.notes, **batch.measured())
         r.pending = _Pending(state, report, tasks, plan.memory, start.dropped + dropped, start.skip)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
@@ -484,7 +484,7 @@ class MultiTaskOptimizer(Optimizer):
             r.skipped += 1
             return
         r.state, r.memory, r.tasks = pending.state, pending.memory, pending.tasks
-        r.report, r.step = pending.report, r.step + 1
+        r.report, r.step = pending.report or r.report, r.step + 1
         if pending.observe is not None and pending.state is not None:
             with full_precision():
                 view = View(pending.observe(), step=r.step - 1, seed=r.seed)

@@ -26,6 +26,8 @@ class Report:
         alignment: ``[m]`` or ``[m, b]`` inner products with the reference's gradient, if they were measured.
         own: of several processes that weigh their batches as one, the columns of this one's samples in the tensors
             above; ``None`` for one process, which has them all, and for scalar losses.
+        earlier: of micro-batches that are each weighed by themselves, the report of the one before that which this is
+            of; it has that of the one before it in turn.
         engine: what measured them: names joined by ``+``.
         notes: what the weightings noted, such as a solver's residual.
         skipped: number of steps that were skipped so far (non-finite values, or no task present).
@@ -42,6 +44,7 @@ class Report:
     gramian: Tensor | None = None
     alignment: Tensor | None = None
     own: slice | None = None
+    earlier: Report | None = None
     engine: str = ""
     notes: Mapping[str, Tensor] = field(default_factory=dict)
     skipped: int = 0

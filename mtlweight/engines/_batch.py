@@ -174,6 +174,7 @@ class Batch:
         return {
             "tasks": self.tasks,
             "losses": self._stacked.detach(),
+            "writes": self._plan.writes,
             "shares": None if self.losses().ndim == 1 else self.shares(),
             "gramian": self._gramian,
             "alignment": None if self._aligned is None else _losses.stack(self._aligned).detach(),

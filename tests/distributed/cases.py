@@ -318,6 +318,21 @@ def recorded(count, rank, device):
 
 
 @scenario
+def recorded_and_merged(count, rank, device):
+    """What all processes remember, in each of them; none of the samples is in one process all the time."""
+    training, record = Training(Run(SLGrad("0")), count, rank, device=device), SampleWeights()
+    for k in range(3):
+        training.step(k)
+        record.add(training.optimizer.report, torch.arange(SAMPLES).roll(k)[training.own])
+    if rank is not None:
+        states = [None] * count
+        dist.all_gather_object(states, record.state_dict())
+        record = SampleWeights.merge(map(SampleWeights.from_state_dict, states))
+    histories = [record.history(task, index) for task in record.tasks for index in range(SAMPLES)]
+    return record.table(), record.rank("1"), histories
+
+
+@scenario
 def accumulated(count, rank, device):
     """Two batches before one step; the gradients of the first wait for those of the second."""
     training = Training(Run(MGDA()), count, rank, device=device)

@@ -131,7 +131,7 @@ def test_a_penalty_that_is_not_finite_in_one_process_skips_the_step_in_all(outco
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["all_absent", "accumulated"])
+@pytest.mark.parametrize("name", ["all_absent", "accumulated", "recorded_and_merged"])
 def test_processes_do_what_one_process_does(outcomes, count, name):
     expected = SCENARIOS[name](count, None, "cpu")
     for found in outcomes(count, name):
