@@ -13,6 +13,10 @@ from mtlweight._statistics import cast, statistics_dtype, widest
 
 Masks = Mapping[str, Tensor]
 """Which samples of a task have a label, ``[b]`` of booleans. A task without an entry has them all."""
+REDUCE = (
+    "Reduce the other dimensions, such as classes, tokens or pixels, to one value a sample, with a mean or a sum as the "
+    "task's loss is defined"
+)
 
 
 def named(
@@ -41,6 +45,7 @@ def named(
             raise MTLWeightError(
                 f"Expected losses of shape [m] or [m, b] with m >= 1 tasks, found {list(losses.shape)}. Stack one "
                 "scalar or one [b] loss a task, or pass a mapping from task name to loss."
+                + (f" {REDUCE}." if losses.ndim > 2 else "")
             )
         losses = {str(i): row for i, row in enumerate(losses.unbind())}
         if known and {*known} != {*losses}:
@@ -69,7 +74,7 @@ def named(
         if loss.ndim > 1 or loss.numel() == 0:
             raise MTLWeightError(
                 f"Expected the loss of task {task!r} as a scalar or one value a sample [b], found shape "
-                f"{list(loss.shape)}. Average over the other dimensions; pass None if no sample has a label."
+                f"{list(loss.shape)}. {REDUCE}; pass None if no sample has a label."
             )
         if not loss.is_floating_point():
             raise MTLWeightError(
@@ -78,14 +83,15 @@ def named(
         if graph and not loss.requires_grad:
             raise MTLWeightError(
                 f"The loss of task {task!r} has no graph: expected a tensor that requires grad, found a constant. "
-                "Compute it with gradients enabled, from parameters that require grad, without .item() or .detach()."
+                "Pass None if the task is absent from this batch; else compute its loss with gradients enabled, from "
+                "parameters that require grad, without .item() or .detach()."
             )
         present[task] = loss
     if len({tuple(loss.shape) for loss in present.values()}) > 1:
         shapes = ", ".join(f"{task} {list(loss.shape)}" for task, loss in present.items())
         raise MTLWeightError(
-            f"Expected losses of one shape, all scalars or all [b] with the same b; found {shapes}. Average each "
-            "task's loss to a scalar, or give each sample a loss in every task."
+            f"Expected losses of one shape, all scalars or all [b] with the same b; found {shapes}. Reduce each "
+            "task's loss to a scalar as it is defined, or give each sample a loss in every task."
         )
     for task, mask in (masks or {}).items():
         if task not in losses:
@@ -215,6 +221,7 @@ def scalar(reference: Any) -> Tensor:
         raise MTLWeightError(
             f"Expected the reference as a scalar or [b] tensor, or a callable that returns one; found {found}. Pass "
             "the main task's loss on held-out data; several in a list, or in a mapping by main task."
+            + (f" {REDUCE}." if isinstance(reference, Tensor) and reference.ndim > 1 else "")
         )
     if not reference.requires_grad:
         raise MTLWeightError(
