@@ -27,10 +27,11 @@ from mtlweight.engines import (
     Accumulation,
     Batch,
     Capture,
+    Hidden,
     Parts,
     Plan,
     Processes,
-    called,
+    bad_gradient,
     deferred,
     full_precision,
     local,
@@ -55,6 +56,7 @@ class _Pending:
     memory: State
     dropped: tuple[str, ...] = ()
     skip: bool = False
+    hidden: Hidden = field(default_factory=list)
     observe: Callable[[], Given] | None = None
 
 
@@ -290,9 +292,10 @@ class MultiTaskOptimizer(Optimizer):
                 raise
             return self._skip(start, dropped, batch)
         writes = r.weighting.writes
+        batch.note_stalled(view, weights)
         scalar = batch.combined(weights, writes, penalty)
         report = Report(r.step + 1, earlier=start.report, weights=weights, notes=view.notes, **batch.measured())
-        r.pending = _Pending(state, report, tasks, plan.memory, start.dropped + dropped, start.skip)
+        r.pending = _Pending(state, report, tasks, plan.memory, start.dropped + dropped, start.skip, plan.hidden)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
         return scalar
@@ -414,6 +417,7 @@ class MultiTaskOptimizer(Optimizer):
             capture=r.capture,
             tasks=start.tasks,
             mask=mask,
+            hidden=start.hidden,
             memory={**start.memory},
             state=start.state,
             view=lambda batch: View(batch, step=r.step, seed=r.seed),
@@ -459,13 +463,8 @@ class MultiTaskOptimizer(Optimizer):
                 r.averaged = True
             return True
         if r.on_nonfinite == "raise":
-            having = [p for p in parameters if p.grad is not None]
-            bad = [p for p, g in zip(having, values, strict=True) if not g.isfinite().all()]
-            where = called(bad[0], self._modules(), self.param_groups) if bad else "another process's part of one"
-            raise NonFiniteError(
-                "A gradient is not finite after backward: expected finite numbers, found NaN or infinity for "
-                f"{where}. The step was not taken. Look at the batch, or choose on_nonfinite='skip'."
-            )
+            hidden = r.pending.hidden if r.pending is not None else []
+            raise bad_gradient(parameters, values, self._modules(), self.param_groups, hidden)
         return False
 
     def _skip(self, start: _Pending, dropped: tuple[str, ...], batch: Batch | None) -> Tensor:

@@ -29,7 +29,8 @@ class Report:
         earlier: of micro-batches that are each weighed by themselves, the report of the one before that which this is
             of; it has that of the one before it in turn.
         engine: what measured them: names joined by ``+``.
-        notes: what the weightings noted, such as a solver's residual.
+        notes: what the weightings noted, such as a solver's residual; and, if the Gramian was measured,
+            ``zero_gradient``, ``[m]``: which tasks' gradients over the shared parameters are exactly 0.
         skipped: number of steps that were skipped so far (non-finite values, or no task present).
         dropped: how often each task was dropped from a batch so far because it was not finite.
         fallbacks: how often each engine's fallback was taken so far, with its cause.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from mtlweight._statistics import all_finite, cast, row_sizes, statistics_dtype,
 from mtlweight._view import Needs, View, expect_samples
 from mtlweight._weighting import Level, wrong_shape
 from mtlweight.engines import _losses, batched, forward, pullback, rows, samples
+from mtlweight.engines._blame import behind_masks
 from mtlweight.engines._confirm import DISAGREES, confirmed
 from mtlweight.engines._grad import explain
 from mtlweight.engines._graph import Backward
@@ -185,6 +187,31 @@ class Batch:
         """The value of an objective beside the losses, with its graph."""
         return objective(self.graphs, view.of(self), environments)
 
+    def note_stalled(self, view: View, weights: Tensor) -> None:
+        """Notes which tasks' measured gradients are exactly 0; warns, once, if no other task has any weight.
+
+        The smallest convex combination of gradients is then 0, and so is what else gives all the weight to the task
+        with the smallest gradient: nothing shared moves.
+        """
+        if self._gramian is None:
+            return
+        zero = self._gramian.diagonal() == 0
+        view.note("zero_gradient", zero)
+        moved = (weights.reshape(len(weights), -1) != 0).any(dim=1) & ~zero
+        if bool(moved.any() | zero.all()):
+            return
+        key = "nothing shared moves"
+        self._plan.uses[key] += 1
+        if self._plan.uses[key] == 1:
+            names = ", ".join(task for task, none in zip(self.tasks, zero.tolist(), strict=True) if none)
+            zeros = f" (that of task {names} is exactly 0)" if names else ""
+            warnings.warn(
+                f"mtlweight: {self._plan.name} gives no weight to any task with a gradient over the shared parameters"
+                f"{zeros}: none of them moves in this step. If a loss is multiplied by 0, pass None for it: the task "
+                "is absent then.",
+                stacklevel=5,  # where combine was called
+            )
+
     def combined(self, weights: Tensor, writes: Level, penalty: Tensor | None = None) -> Tensor:
         """The scalar whose backward is the weighted step, and whose value is the plain sum of the tasks' losses.
 
@@ -342,8 +369,10 @@ class Batch:
             sick = next((p for p in self._plan.trainable if not p.isfinite().all()), None)
             if sick is not None:
                 where, todo = f", which {self._plan.called(sick)} holds itself", "Go back to a checkpoint."
-            elif rows is not None and (p := rows.bad_input(self.tasks.index(bad[0]))) is not None:
-                where = f" for {self._plan.called(p)}"
+            else:
+                todo = behind_masks([each for each in self._plan.hidden if each[0] in bad and what != "loss"]) or todo
+                if rows is not None and (p := rows.bad_input(self.tasks.index(bad[0]))) is not None:
+                    where = f" for {self._plan.called(p)}"
             raise NonFiniteError(
                 f"The {what} of task {', '.join(bad)} is not finite: expected finite numbers, found NaN or "
                 f"infinity{where}. {todo}",

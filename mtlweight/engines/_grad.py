@@ -42,6 +42,11 @@ _SPARSE = (
     "Sparse gradients have no vectorised backward: expected dense ones, found those of Embedding(sparse=True) or the "
     "like. Use engine='rows'."
 )
+_SELECTIVE = (
+    "Selective activation checkpointing keeps what one ordinary backward needs, and measuring gradients takes several: "
+    "expected checkpoint(..., use_reentrant=False) without context_fn, found one with "
+    "create_selective_checkpoint_contexts. Leave context_fn out, or use a weighting that reads losses alone."
+)
 _CONDITION = (
     "torch.cond has neither a forward nor a second derivative, and needs its compiler for the first: expected losses "
     "without it, found some that use it. Use engine='rows', or an if in Python."
@@ -57,6 +62,8 @@ def explain(error: RuntimeError) -> None:
         raise MTLWeightError(_DONATED) from error
     if "CUDAGraphs that has been overwritten" in text:
         raise MTLWeightError(_CUDA_GRAPHS) from error
+    if "selective activation checkpoint" in text or "during backward but not found in storage" in text:
+        raise MTLWeightError(_SELECTIVE) from error
     if "'Sparse" in text and "backend" in text:
         raise MTLWeightError(_SPARSE) from error
 

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
 from mtlweight._statistics import cast, statistics_dtype, widest
+from mtlweight.engines._blame import Hidden
 
 Masks = Mapping[str, Tensor]
 """Which samples of a task have a label, ``[b]`` of booleans. A task without an entry has them all."""
 REDUCE = (
-    "Reduce the other dimensions, such as classes, tokens or pixels, to one value a sample, with a mean or a sum as the "
-    "task's loss is defined"
+    "Reduce the other dimensions, such as classes, tokens or pixels, to one value a sample, with a mean or a sum as "
+    "the task's loss is defined"
 )
 
 
@@ -26,6 +27,7 @@ def named(
     graph: bool = True,
     masks: Masks | None = None,
     empty: bool = False,
+    hidden: Hidden | None = None,
 ) -> dict[str, Tensor]:
     """The present tasks' losses by name, all scalars or all ``[b]``.
 
@@ -36,6 +38,7 @@ def named(
         graph: whether each loss must have a graph.
         masks: where there is no label the loss becomes 0; a task without any label is absent.
         empty: keep such a task all the same.
+        hidden: takes each masked loss as it was before.
 
     Raises:
         MTLWeightError: if there is no task, or a loss has another shape, another number of samples or no graph.
@@ -105,6 +108,8 @@ def named(
                     f"Expected the mask of task {task!r} to have one value a sample, of the shape of its loss "
                     f"{list(present[task].shape)}; found {list(mask.shape)}. Give losses per sample, and as many."
                 )
+            if hidden is not None:
+                hidden.append((task, mask, present[task].detach()))
             present[task] = torch.where(mask.to(present[task].device), present[task], torch.zeros_like(present[task]))
             if not empty and not mask.any():
                 del present[task]

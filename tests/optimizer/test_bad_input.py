@@ -175,7 +175,7 @@ CASES = [
     *losses(
         "a loss that is neither a scalar nor [b]",
         lambda p: {"left": p.samples()["left"][:, None]},
-        r"'left' as a scalar or one value a sample \[b\], found shape \[6, 1\]\. Reduce .* to one value a sample, with a mean or a sum as the task's loss is defined;",
+        r"'left' as a scalar or one value a sample \[b\], found shape \[6, 1\]\. Reduce .* a mean or a sum as",
     ),
     *losses(
         "a tensor [m, b, c]",
