@@ -191,26 +191,23 @@ class Batch:
         """Notes which tasks' measured gradients are exactly 0; warns, once, if no other task has any weight.
 
         The smallest convex combination of gradients is then 0, and so is what else gives all the weight to the task
-        with the smallest gradient: nothing shared moves.
+        with the smallest gradient: nothing shared moves. Where weights per sample came first, they are what made the
+        gradient 0, on purpose: no warning then.
         """
         if self._gramian is None:
             return
         zero = self._gramian.diagonal() == 0
         view.note("zero_gradient", zero)
-        moved = (weights.reshape(len(weights), -1) != 0).any(dim=1) & ~zero
-        if bool(moved.any() | zero.all()):
-            return
-        key = "nothing shared moves"
-        self._plan.uses[key] += 1
-        if self._plan.uses[key] == 1:
-            names = ", ".join(task for task, none in zip(self.tasks, zero.tolist(), strict=True) if none)
-            zeros = f" (that of task {names} is exactly 0)" if names else ""
-            warnings.warn(
-                f"mtlweight: {self._plan.name} gives no weight to any task with a gradient over the shared parameters"
-                f"{zeros}: none of them moves in this step. If a loss is multiplied by 0, pass None for it: the task "
-                "is absent then.",
-                stacklevel=5,  # where combine was called
-            )
+        if weights.ndim == 1 and bool(zero.any() & ~zero.all() & (zero | (weights == 0)).all()):
+            self._plan.uses["nothing shared moves"] += 1
+            if self._plan.uses["nothing shared moves"] == 1:
+                names = ", ".join(task for task, none in zip(self.tasks, zero.tolist(), strict=True) if none)
+                warnings.warn(
+                    f"mtlweight: the gradient of task {names} over the shared parameters is exactly 0, and "
+                    f"{self._plan.name} gives no other task any weight: no shared parameter moves in this step. If a "
+                    "loss is multiplied by 0, pass None for it: the task is absent then.",
+                    stacklevel=5,  # where combine was called
+                )
 
     def combined(self, weights: Tensor, writes: Level, penalty: Tensor | None = None) -> Tensor:
         """The scalar whose backward is the weighted step, and whose value is the plain sum of the tasks' losses.
