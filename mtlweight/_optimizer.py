@@ -27,10 +27,11 @@ from mtlweight.engines import (
     Accumulation,
     Batch,
     Capture,
+    Hidden,
     Parts,
     Plan,
     Processes,
-    called,
+    bad_gradient,
     deferred,
     full_precision,
     local,
@@ -53,11 +54,12 @@ class _Pending:
     """What ``step`` will commit."""
 
     state: State | None
-    report: Report
+    report: Report | None
     tasks: tuple[str, ...]
     memory: State
     dropped: tuple[str, ...] = ()
     skip: bool = False
+    hidden: Hidden = field(default_factory=list)
     observe: Callable[[], Given] | None = None
     parameters: int = 0  # how often they had been written to by then
     gradients: int = 0  # a number for which gradients there were
@@ -116,7 +118,7 @@ class _Record:
     report: Report = field(default_factory=Report)
     skipped: int = 0
     uncommitted: int = 0
-    warned: bool = False
+    warned: set[str] = field(default_factory=set)
     cleared: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
@@ -309,7 +311,7 @@ class MultiTaskOptimizer(Optimizer):
                 and return a scalar of value 0 whose backward leaves all gradients alone; the last one weighs them all
                 as one batch in parts, and returns ``divisor`` times its scalar. Their references count by their mean.
                 ``"each"``: each is weighed by itself, one after the other, from the state that the one before it left;
-                that costs least. The report is of the last one.
+                that costs least. The report is of the last one, and has the one before it in ``earlier``.
             divisor: what the loop divides each scalar by, if not by ``k``: 1 for loops that do not divide, or the
                 number of micro-batches in this group, if that is what the loop takes where a group is short.
 
@@ -333,7 +335,7 @@ class MultiTaskOptimizer(Optimizer):
         start = r.pending if r.accumulation.continues else None
         if start is None and r.closure is None:
             self._notice_uncommitted()
-        start = start or _Pending(r.state, r.report, r.tasks, r.memory)
+        start = start or _Pending(r.state, None, r.tasks, r.memory)
         r.pending = None
         if environments is not None and r.penalty is None:
             raise MTLWeightError(
@@ -372,13 +374,20 @@ class MultiTaskOptimizer(Optimizer):
                 raise
             return self._skip(start, dropped, batch)
         writes = r.weighting.writes
-        scalar = batch.combined(weights, writes, added)
-        objective = batch.objective(weights, writes)
+        stalled = batch.stalled(view, weights)
+        if stalled:
+            self._warn(
+                "stalled",
+                f"the gradient of task {', '.join(stalled)} over the shared parameters is exactly 0, and {plan.name} "
+                "gives no other task any weight: no shared parameter moves in this step. If a loss is multiplied by "
+                "0, pass None for it: the task is absent then.",
+            )
+        scalar, objective = batch.combined(weights, writes, added), batch.objective(weights, writes)
         measured = batch.measured()
         report = Report(
-            step=r.step + 1, weights=weights, writes=writes, objective=objective, notes=view.notes, **measured
+            r.step + 1, earlier=start.report, weights=weights, objective=objective, notes=view.notes, **measured
         )
-        r.pending = _Pending(state, report, tasks, plan.memory, start.dropped + dropped, start.skip)
+        r.pending = _Pending(state, report, tasks, plan.memory, start.dropped + dropped, start.skip, plan.hidden)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
         r.pending.parameters, r.pending.gradients, r.cleared = *self._marks(), False
@@ -587,6 +596,7 @@ class MultiTaskOptimizer(Optimizer):
             capture=r.capture,
             tasks=start.tasks,
             mask=mask,
+            hidden=start.hidden,
             memory={**start.memory},
             state=start.state,
             view=lambda batch: View(batch, step=r.step, seed=r.seed),
@@ -651,13 +661,8 @@ class MultiTaskOptimizer(Optimizer):
                 r.averaged = True
             return True
         if r.on_nonfinite == "raise":
-            having = [p for p in parameters if p.grad is not None]
-            bad = [p for p, g in zip(having, values, strict=True) if not g.isfinite().all()]
-            where = called(bad[0], self._modules(), self.param_groups) if bad else "another process's part of one"
-            raise NonFiniteError(
-                "A gradient is not finite after backward: expected finite numbers, found NaN or infinity for "
-                f"{where}. The step was not taken. Look at the batch, or choose on_nonfinite='skip'."
-            )
+            hidden = r.pending.hidden if r.pending is not None else []
+            raise bad_gradient(parameters, values, self._modules(), self.param_groups, hidden)
         return False
 
     def _skip(self, start: _Pending, dropped: tuple[str, ...], batch: Batch | None) -> Tensor:
@@ -676,7 +681,7 @@ class MultiTaskOptimizer(Optimizer):
             r.skipped += 1
             return
         r.state, r.memory, r.tasks = pending.state, pending.memory, pending.tasks
-        r.report, r.step = pending.report, r.step + 1
+        r.report, r.step = pending.report or r.report, r.step + 1
         if pending.observe is not None and pending.state is not None:
             with full_precision():
                 view = View(pending.observe(), step=r.step - 1, seed=r.seed)
@@ -705,9 +710,8 @@ class MultiTaskOptimizer(Optimizer):
         added = gradients not in (r.pending.gradients, hash(())) and not r.cleared
         r.uncommitted += behind or added
         remembers = next(tensors_of(r.pending.state or {}), None) is not None
-        if r.warned or not (behind or (added and remembers)):
+        if not (behind or (added and remembers)):
             return
-        r.warned = True
         what, todo = (
             ("the parameters moved after a combine, but not by this optimizer's step()", "Call step() of this one")
             if behind
@@ -716,11 +720,17 @@ class MultiTaskOptimizer(Optimizer):
                 "For micro-batches of one step use accumulate(k), or pass them to combine as a list",
             )
         )
-        warnings.warn(
-            f"mtlweight: {what}: what {self._record.weighting!r} learned from the first is lost, and the step is not "
-            f"counted. {todo}. Steps like this one are counted in report.uncommitted.",
-            stacklevel=self._outside(),
+        self._warn(
+            "uncommitted",
+            f"{what}: what {self._record.weighting!r} learned from the first is lost, and the step is not counted. "
+            f"{todo}. Steps like this one are counted in report.uncommitted.",
         )
+
+    def _warn(self, kind: str, text: str) -> None:
+        """Warns once of each kind, where the user's code called ``combine``."""
+        if kind not in self._record.warned:
+            self._record.warned.add(kind)
+            warnings.warn(f"mtlweight: {text}", stacklevel=self._outside())
 
     @staticmethod
     def _outside() -> int:

@@ -28,8 +28,11 @@ class Report:
         alignment: ``[m]`` or ``[m, b]`` inner products with the reference's gradient, if they were measured.
         own: of several processes that weigh their batches as one, the columns of this one's samples in the tensors
             above; ``None`` for one process, which has them all, and for scalar losses.
+        earlier: of micro-batches that are each weighed by themselves, the report of the one before that which this is
+            of; it has that of the one before it in turn.
         engine: what measured them: names joined by ``+``.
-        notes: what the weightings noted, such as a solver's residual.
+        notes: what the weightings noted, such as a solver's residual; and, if the Gramian was measured,
+            ``zero_gradient``, ``[m]``: which tasks' gradients over the shared parameters are exactly 0.
         skipped: number of steps that were skipped so far (non-finite values, or no task present).
         dropped: how often each task was dropped from a batch so far because it was not finite.
         fallbacks: how often each engine's fallback was taken so far, with its cause.
@@ -47,6 +50,7 @@ class Report:
     gramian: Tensor | None = None
     alignment: Tensor | None = None
     own: slice | None = None
+    earlier: Report | None = None
     engine: str = ""
     notes: Mapping[str, Tensor] = field(default_factory=dict)
     skipped: int = 0

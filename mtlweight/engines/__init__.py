@@ -3,8 +3,9 @@
 from mtlweight.engines._accumulate import Accumulation
 from mtlweight.engines._again import look_again, snapshot
 from mtlweight.engines._batch import Batch
+from mtlweight.engines._blame import Hidden, bad_gradient
 from mtlweight.engines._losses import deferred
-from mtlweight.engines._parts import Parts, called, parameters, parts
+from mtlweight.engines._parts import Parts, parameters, parts
 from mtlweight.engines._plan import ENGINES, Plan
 from mtlweight.engines._precision import full_precision
 from mtlweight.engines._processes import Processes, local
@@ -16,10 +17,11 @@ __all__ = [
     "Accumulation",
     "Batch",
     "Capture",
+    "Hidden",
     "Parts",
     "Plan",
     "Processes",
-    "called",
+    "bad_gradient",
     "deferred",
     "full_precision",
     "local",

@@ -14,6 +14,7 @@ from mtlweight._statistics import all_finite, cast, row_sizes, statistics_dtype,
 from mtlweight._view import Needs, View, expect_samples
 from mtlweight._weighting import Level, wrong_shape
 from mtlweight.engines import _losses, batched, features, forward, pullback, rows, samples
+from mtlweight.engines._blame import behind_masks
 from mtlweight.engines._confirm import NOT_FINITE, DisagreesError, expect_same_rows, judged
 from mtlweight.engines._grad import explain, used_up
 from mtlweight.engines._graph import Backward
@@ -176,6 +177,7 @@ class Batch:
         return {
             "tasks": self.tasks,
             "losses": self._stacked.detach(),
+            "writes": self._plan.writes,
             "shares": None if self.losses().ndim == 1 else self.shares(),
             "gramian": self._gramian,
             "alignment": None if self._aligned is None else _losses.stack(self._aligned).detach(),
@@ -205,6 +207,21 @@ class Batch:
     def agreed(self, value: Tensor) -> Tensor:
         """A value that each process has its own of, as their mean."""
         return value
+
+    def stalled(self, view: View, weights: Tensor) -> list[str]:
+        """Notes which tasks' measured gradients are exactly 0, and names them if no other task has any weight.
+
+        The smallest convex combination of gradients is then 0, and so is what else gives all the weight to the task
+        with the smallest gradient: nothing shared moves. Where weights per sample came first, they are what made the
+        gradient 0, on purpose.
+        """
+        if self._gramian is None:
+            return []
+        zero = self._gramian.diagonal() == 0
+        view.note("zero_gradient", zero)
+        if weights.ndim > 1 or not bool(zero.any() & ~zero.all() & (zero | (weights == 0)).all()):
+            return []
+        return [task for task, none in zip(self.tasks, zero.tolist(), strict=True) if none]
 
     def combined(self, weights: Tensor, writes: Level, penalty: Tensor | None = None) -> Tensor:
         """The scalar whose backward is the weighted step, and whose value is the plain sum of the tasks' losses.
@@ -407,8 +424,10 @@ class Batch:
             sick = next((p for p in self._plan.trainable if not p.isfinite().all()), None)
             if sick is not None:
                 where, todo = f", which {self._plan.called(sick)} holds itself", "Go back to a checkpoint."
-            elif rows is not None and (p := rows.bad_input(self.tasks.index(bad[0]))) is not None:
-                where = f" for {self._plan.called(p)}"
+            else:
+                todo = behind_masks([each for each in self._plan.hidden if each[0] in bad and what != "loss"]) or todo
+                if rows is not None and (p := rows.bad_input(self.tasks.index(bad[0]))) is not None:
+                    where = f" for {self._plan.called(p)}"
             raise NonFiniteError(
                 f"The {what} of task {', '.join(bad)} is not finite: expected finite numbers, found NaN or "
                 f"infinity{where}. {todo}",

@@ -64,7 +64,7 @@ def evaluated(losses: Any, known: Callable[[], Reference] | None, plan: Plan) ->
         present, aligned = forward.losses_and_tangents(
             losses, plan.named, plan.modules, names, parameters, tangents, judge
         )
-    except RuntimeError as error:
+    except Exception as error:  # a `jvp` may raise anything
         # An error of the user's own is raised here again, as it is.
         batch = Batch(plan.named(losses()), plan, known)
         plan.warn("forward", forward.cause(error))

@@ -43,6 +43,11 @@ _SPARSE = (
     "Sparse gradients have no vectorised backward: expected dense ones, found those of Embedding(sparse=True) or the "
     "like. Use engine='rows'."
 )
+_SELECTIVE = (
+    "Selective activation checkpointing keeps what one ordinary backward needs, and measuring gradients takes several: "
+    "expected checkpoint(..., use_reentrant=False) without context_fn, found one with "
+    "create_selective_checkpoint_contexts. Leave context_fn out, or use a weighting that reads losses alone."
+)
 _CONDITION = (
     "torch.cond has neither a forward nor a second derivative, and needs its compiler for the first: expected losses "
     "without it, found some that use it. Use engine='rows', or an if in Python."
@@ -75,6 +80,8 @@ def explain(error: RuntimeError) -> None:
         raise MTLWeightError(_REENTRANT) from error
     if "called inside torch.vmap" in text:
         raise hidden("one that writes to it") from error
+    if "selective activation checkpoint" in text or "during backward but not found in storage" in text:
+        raise MTLWeightError(_SELECTIVE) from error
     if "'Sparse" in text and "backend" in text:
         raise MTLWeightError(_SPARSE) from error
 

@@ -10,9 +10,14 @@ from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
 from mtlweight._statistics import cast, statistics_dtype, widest
+from mtlweight.engines._blame import Hidden
 
 Masks = Mapping[str, Tensor]
 """Which samples of a task have a label, ``[b]`` of booleans. A task without an entry has them all."""
+REDUCE = (
+    "Reduce the other dimensions, such as classes, tokens or pixels, to one value a sample, with a mean or a sum as "
+    "the task's loss is defined"
+)
 
 
 def named(
@@ -22,6 +27,7 @@ def named(
     graph: bool = True,
     masks: Masks | None = None,
     empty: bool = False,
+    hidden: Hidden | None = None,
 ) -> dict[str, Tensor]:
     """The present tasks' losses by name, all scalars or all ``[b]``.
 
@@ -32,6 +38,7 @@ def named(
         graph: whether each loss must have a graph.
         masks: where there is no label the loss becomes 0; a task without any label is absent.
         empty: keep such a task all the same.
+        hidden: takes each masked loss as it was before.
 
     Raises:
         MTLWeightError: if there is no task, or a loss has another shape, another number of samples or no graph.
@@ -41,6 +48,7 @@ def named(
             raise MTLWeightError(
                 f"Expected losses of shape [m] or [m, b] with m >= 1 tasks, found {list(losses.shape)}. Stack one "
                 "scalar or one [b] loss a task, or pass a mapping from task name to loss."
+                + (f" {REDUCE}." if losses.ndim > 2 else "")
             )
         losses = {str(i): row for i, row in enumerate(losses.unbind())}
         if known and {*known} != {*losses}:
@@ -69,7 +77,7 @@ def named(
         if loss.ndim > 1 or loss.numel() == 0:
             raise MTLWeightError(
                 f"Expected the loss of task {task!r} as a scalar or one value a sample [b], found shape "
-                f"{list(loss.shape)}. Average over the other dimensions; pass None if no sample has a label."
+                f"{list(loss.shape)}. {REDUCE}; pass None if no sample has a label."
             )
         if not loss.is_floating_point():
             raise MTLWeightError(
@@ -78,14 +86,15 @@ def named(
         if graph and not loss.requires_grad:
             raise MTLWeightError(
                 f"The loss of task {task!r} has no graph: expected a tensor that requires grad, found a constant. "
-                "Compute it with gradients enabled, from parameters that require grad, without .item() or .detach()."
+                "Pass None if the task is absent from this batch; else compute its loss with gradients enabled, from "
+                "parameters that require grad, without .item() or .detach()."
             )
         present[task] = loss
     if len({tuple(loss.shape) for loss in present.values()}) > 1:
         shapes = ", ".join(f"{task} {list(loss.shape)}" for task, loss in present.items())
         raise MTLWeightError(
-            f"Expected losses of one shape, all scalars or all [b] with the same b; found {shapes}. Average each "
-            "task's loss to a scalar, or give each sample a loss in every task."
+            f"Expected losses of one shape, all scalars or all [b] with the same b; found {shapes}. Reduce each "
+            "task's loss to a scalar as it is defined, or give each sample a loss in every task."
         )
     for task, mask in (masks or {}).items():
         if task not in losses:
@@ -99,6 +108,8 @@ def named(
                     f"Expected the mask of task {task!r} to have one value a sample, of the shape of its loss "
                     f"{list(present[task].shape)}; found {list(mask.shape)}. Give losses per sample, and as many."
                 )
+            if hidden is not None:
+                hidden.append((task, mask, present[task].detach()))
             present[task] = torch.where(mask.to(present[task].device), present[task], torch.zeros_like(present[task]))
             if not empty and not mask.any():
                 del present[task]
@@ -215,6 +226,7 @@ def scalar(reference: Any) -> Tensor:
         raise MTLWeightError(
             f"Expected the reference as a scalar or [b] tensor, or a callable that returns one; found {found}. Pass "
             "the main task's loss on held-out data; several in a list, or in a mapping by main task."
+            + (f" {REDUCE}." if isinstance(reference, Tensor) and reference.ndim > 1 else "")
         )
     if not reference.requires_grad:
         raise MTLWeightError(

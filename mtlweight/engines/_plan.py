@@ -18,6 +18,7 @@ from mtlweight._statistics import tensors_of
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Level, ReferenceUse, Weighting
 from mtlweight.engines import _losses, features
+from mtlweight.engines._blame import Hidden
 from mtlweight.engines._confirm import due, suspect
 from mtlweight.engines._parts import called
 from mtlweight.engines._processes import Processes, expect_whole
@@ -51,6 +52,7 @@ class Plan:
         capture: records the shared representation, for the features engine.
         tasks: the tasks that the committed state knows.
         mask: which samples have a label, as the user gave it.
+        hidden: what the masks hide, for messages; it is filled as losses come.
         memory: what engines keep from step to step: a copy of the committed one, which becomes the next.
         state: the weighting's committed state.
         view: the view of a batch.
@@ -76,6 +78,7 @@ class Plan:
     capture: features.Capture | None
     tasks: tuple[str, ...]
     mask: Any
+    hidden: Hidden
     memory: dict[str, Any]
     state: State | None
     view: Callable[[Batch], View]
@@ -124,7 +127,7 @@ class Plan:
     def named(self, losses: Any, *, graph: bool = True) -> dict[str, Tensor]:
         """The present tasks' losses by name, 0 where there is no label; other processes may have labels of a task."""
         known, empty = self.tasks if graph else (), self.processes is not None
-        return _losses.named(losses, known, graph=graph, masks=self.masks, empty=empty)
+        return _losses.named(losses, known, graph=graph, masks=self.masks, empty=empty, hidden=self.hidden)
 
     @functools.cached_property
     def shared(self) -> list[Tensor] | None:

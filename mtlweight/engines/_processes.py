@@ -195,6 +195,12 @@ class Processes:
 
     def expect_averaged(self, gradients: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
         """Raises, in all processes, unless all have the same gradients: this library leaves their mean to others."""
+        if flattened(parameters):
+            raise MTLWeightError(
+                f"{self.count} processes weigh their batches as one: expected the model in DistributedDataParallel or "
+                f"fully_shard, found it in {FSDP1}. Use one of these; or pass process_group=None, and each "
+                "process weighs its own batch."
+            )
         if sharded(parameters):
             return
 
@@ -343,8 +349,23 @@ def sharded(tensors: Iterable[Tensor]) -> bool:
     return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
+FSDP1 = "FullyShardedDataParallel (FSDP1)"
+
+
+def flattened(tensors: Iterable[Tensor]) -> bool:
+    """Whether some are flat parameters of FSDP1, or its pieces of them."""
+    return any(getattr(tensor, "_fsdp_flattened", False) for tensor in tensors)
+
+
 def expect_whole(tensors: Iterable[Tensor], reader: str) -> None:
     """Raises for sharded parameters: the losses' graph has other tensors in their place."""
+    tensors = [*tensors]
+    if flattened(tensors):
+        raise MTLWeightError(
+            f"{reader}, but the parameters are pieces of flat ones: the losses' graph has other tensors in their "
+            f"place, whose gradients cannot be asked for one by one. Expected whole parameters, found {FSDP1}'s. Use "
+            "DistributedDataParallel; or fully_shard with a weighting that reads losses alone or engine='features'."
+        )
     if sharded(tensors):
         raise MTLWeightError(
             f"{reader}, but the parameters are sharded: the losses' graph has gathered copies in their place, whose "

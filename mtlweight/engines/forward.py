@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -166,6 +167,7 @@ def losses_and_tangents(
         tuple: the present tasks' losses, and their derivatives in the direction ``g``.
 
     Raises:
+        Exception: that of a custom function's ``jvp``.
         RuntimeError: torch's own, for an operator without a forward derivative; or because the closure got hold of a
             parameter without asking its module; or the judge's. Buffers and random state are as before the call.
     """
@@ -201,7 +203,7 @@ def losses_and_tangents(
         restore()
         every = [made(g) for g in tangents]
         return losses_and_tangents(closure, named, modules, names, parameters, every, judge)
-    except RuntimeError:
+    except Exception:  # a `jvp` may raise anything
         restore()
         raise
 
@@ -241,14 +243,17 @@ def _own_gradients(duals: Iterable[Tensor]) -> None:
 
 
 def cause(error: BaseException) -> str:
-    """Which module failed, and the first sentence of why."""
-    inside = None
+    """Which module and custom function failed, and the first sentence of why."""
+    module = function = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
+        owner, called = frame.f_locals.get("self"), frame.f_locals.get("cls")
         if isinstance(owner, nn.Module) and not isinstance(owner, _Closure):
-            inside = type(owner).__name__
+            module, function = f"{type(owner).__name__}: ", ""
+        elif isinstance(called, type) and issubclass(called, Function) and frame.f_code.co_name == "apply":
+            function = f"{called.__name__}: "
     sentence = str(error).split("\n")[0].split(". ")[0].strip()
-    return f"{inside}: {sentence}" if inside else sentence
+    kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__} "
+    return f"{module}{function}{kind}{sentence}".rstrip()
 
 
 def _split(loss: Tensor) -> tuple[Tensor, Tensor]:

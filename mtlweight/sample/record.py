@@ -1,41 +1,81 @@
-"""What each sample of a data set has weighed: to find mislabelled data."""
+"""What each sample of a data set has weighed, and how it was aligned: to find mislabelled data."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mtlweight._checks import expect_count
 from mtlweight._errors import MTLWeightError
 from mtlweight._report import Report
 
 
-@dataclass
+class _Seen(NamedTuple):
+    """What was recorded in one task, in the order in which it was seen; tensors ``[k]`` on the host."""
+
+    time: Tensor  # which recorded step it was
+    position: Tensor
+    weight: Tensor
+    alignment: Tensor  # NaN where none was measured
+
+
+class _Table(NamedTuple):
+    """The columns of :meth:`SampleWeights.table` after the task; one entry a sample, by position."""
+
+    position: Tensor
+    seen: Tensor
+    dropped: Tensor
+    mean: Tensor
+    last: Tensor
+    opposed: Tensor
+    alignment: Tensor
+
+
+_COLUMNS = ("index", *_Table._fields[1:])  # a tuple has an index of its own
+By = Literal["alignment", "weight"] | None
+
+
+@dataclass(eq=False)  # tensors do not compare to one truth
 class SampleWeights:
-    """A record of weights per sample by position in the data set, over epochs.
+    """A record of weights and alignments per sample by position in the data set, over epochs.
 
     Give it the optimizer's report after each step, with the positions of the batch's samples (let the data set return
     them). It keeps *relative* weights, ``w / mean(w)`` over all labelled samples of the batch's tasks: 1 is what a
-    sample counts for if all count the same, whatever the batch's size and the weights' sum. Nothing is copied to the
-    host before a result is asked for.
+    sample counts for if all count the same, whatever the batch's size and the weights' sum. Where the weighting reads
+    alignments, it keeps ``a / mean(|a|)`` over the same samples, since the reference's gradient has another norm in
+    each step. Nothing is copied to the host before a result is asked for.
+
+    A sample that is seen several times has the mean of its relative values, in which each time counts the same.
+
+    Micro-batches of one step are recorded together, once after the step, with the positions of all of them in order.
+    Of several processes each records its own samples; :meth:`merge` makes one record of theirs.
 
     >>> from mtlweight import Report
     >>> record = SampleWeights()
-    >>> weights = torch.tensor([[0.5, 0.0, 0.5]])
+    >>> weights, alignment = torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[-1.0, -2.0, 3.0]])
     >>> shares = torch.full((1, 3), 1 / 3)
-    >>> record.add(Report(step=1, tasks=("price",), weights=weights, shares=shares), index=[7, 2, 5])
-    >>> record.table()[0]
-    {'task': 'price', 'index': 2, 'seen': 1, 'dropped': 1, 'mean': 0.0, 'last': 0.0}
+    >>> report = Report(step=1, tasks=("price",), weights=weights, shares=shares, alignment=alignment)
+    >>> record.add(report, index=[7, 2, 5])
+    >>> record.rank("price")  # the most suspicious first
+    [2, 7, 5]
+    >>> record.to_table("price")[0]
+    {'task': 'price', 'index': 2, 'seen': 1, 'dropped': 1, 'mean': 0.0, 'last': 0.0, 'opposed': 1.0, 'alignment': -1.0}
     >>> corrupted = torch.tensor([False, False, True, False, False, False, False, False])
     >>> record.auroc(corrupted, "price")
     1.0
     """
 
-    _batches: list[tuple[tuple[str, ...], Tensor, Tensor, Tensor]] = field(default_factory=list, repr=False)
+    _seen: dict[str, _Seen] = field(default_factory=dict, repr=False)
+    _waiting: list[tuple[tuple[str, ...], Tensor, Tensor, Tensor, Tensor, Tensor]] = field(
+        default_factory=list, repr=False
+    )
+    _count: int = 0
     _step: int = 0
     _last: Tensor | None = field(default=None, repr=False)
 
@@ -44,98 +84,201 @@ class SampleWeights:
 
         Args:
             report: ``optimizer.report`` after the step. Of several processes each records its own samples.
-            index: ``[b]``, the samples' positions in the data set.
+            index: ``[b]``, the samples' positions in the data set: of all micro-batches, or parts, in their order.
 
         Raises:
-            MTLWeightError: if the weights are not per sample, or there are not as many positions as samples.
+            MTLWeightError: if the weights are not per sample, or there are not as many positions as samples, or they
+                are no whole numbers. Nothing is recorded then.
         """
-        weights, shares = report.weights, report.shares
-        again = weights is not None and self._last is not None and torch.equal(weights, self._last)
-        if weights is None or (again and report.step == self._step):  # the first step was skipped, or a later one
+        if not isinstance(report, Report):
+            raise MTLWeightError(
+                f"SampleWeights: expected the optimizer's report, found {type(report).__name__}. Pass optimizer.report."
+            )
+        weights = report.weights
+        if weights is None or self._has(report.step, weights):  # the first step was skipped, or a later one
             return
-        if shares is None or weights.shape != shares.shape:
+        reports = [report]
+        while reports[0].earlier is not None:
+            reports.insert(0, reports[0].earlier)
+        index = torch.as_tensor(index, device=weights.device)
+        if index.numel() and (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
             raise MTLWeightError(
-                "SampleWeights records weights per sample: expected a report of a step with a weighting such as "
-                f"SLGrad, found weights of shape {list(weights.shape)}. Use such a "
-                "weighting, and losses per sample."
+                f"SampleWeights: expected positions as whole numbers, found {index.dtype}. Let the data set return the "
+                "position with each sample."
             )
-        index, own = torch.as_tensor(index, device=weights.device), report.own or slice(None)
-        b = weights[:, own].shape[1]
-        if index.shape != (b,):
+        found = [_relative(each) for each in reports]
+        sizes = [weight.shape[1] for weight, _, _ in found]
+        if index.shape != (sum(sizes),):
+            parts = f" of {len(sizes)} micro-batches" if len(sizes) > 1 else ""
             raise MTLWeightError(
-                f"SampleWeights: expected one position for each of the {b} samples, found an index of shape "
-                f"{list(index.shape)}. Let the data set return the position with each sample."
+                f"SampleWeights: expected one position for each of the {sum(sizes)} samples{parts}, found an index of "
+                f"shape {list(index.shape)}. Let the data set return the position with each sample."
             )
-        labelled = shares > 0
-        mean = weights.sum() / labelled.sum()
-        relative = weights / torch.where(mean == 0, 1.0, mean)
-        self._batches.append((report.tasks, index, relative[:, own], labelled[:, own]))
-        self._step, self._last = report.step, weights
+        for each, part, columns in zip(reports, index.long().split(sizes), found, strict=True):
+            self._waiting.append((each.tasks, torch.full_like(part, self._count), part, *columns))
+        self._count, self._step, self._last = self._count + 1, report.step, weights
+
+    @classmethod
+    def merge(cls, records: Iterable[SampleWeights]) -> SampleWeights:
+        """One record of all that several processes or workers have recorded.
+
+        What the k-th step of each has counts as seen at the same time. So the records of processes that take their
+        steps together become the record of one process on the joined batches.
+
+        To gather them in every process:
+
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, record.state_dict())
+            whole = SampleWeights.merge(map(SampleWeights.from_state_dict, states))
+
+        Args:
+            records: in the order of the processes. They stay as they are.
+
+        Raises:
+            MTLWeightError: if there is none, or one is no record.
+        """
+        records = [*records]
+        wrong = next((type(record).__name__ for record in records if not isinstance(record, cls)), None)
+        if not records or wrong is not None:
+            raise MTLWeightError(
+                f"SampleWeights.merge: expected records, found {wrong or 'none'}. Pass a list of SampleWeights; "
+                "SampleWeights.from_state_dict makes one of what another process has sent."
+            )
+        merged = cls(_count=max(r._count for r in records), _step=records[0]._step, _last=records[0]._last)
+        for task in dict.fromkeys(task for record in records for task in record.tasks):
+            parts = [seen[task] for record in records if task in (seen := record._settled())]
+            joined = _Seen(*map(torch.cat, zip(*parts, strict=True)))
+            order = joined.time.argsort(stable=True)
+            merged._seen[task] = _Seen(*(column[order] for column in joined))
+        return merged
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was recorded. It loads with ``torch.load(weights_only=True)``."""
+        seen = {task: found._asdict() for task, found in self._settled().items()}
+        last = None if self._last is None else self._last.cpu()
+        return {"count": self._count, "step": self._step, "last": last, "seen": seen}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes back to what :meth:`state_dict` gave; what was recorded since is forgotten.
+
+        Raises:
+            MTLWeightError: if it is anything else. The record is as it was then.
+        """
+        try:
+            count, step, last = (state_dict[key] for key in ("count", "step", "last"))
+            seen = {task: _Seen(**columns) for task, columns in state_dict["seen"].items()}
+            fits = all(len({len(column) for column in found}) == 1 for found in seen.values())
+        except (TypeError, KeyError, AttributeError):
+            fits = False
+        if not fits:
+            raise MTLWeightError(
+                "SampleWeights: expected a state dict of a SampleWeights, found "
+                f"{', '.join(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__}. "
+                "Pass what state_dict() returned."
+            )
+        self._count, self._step, self._last, self._seen, self._waiting = count, step, last, seen, []
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> SampleWeights:
+        """A new record that goes on from a :meth:`state_dict`."""
+        record = cls()
+        record.load_state_dict(state_dict)
+        return record
 
     def history(self, task: str, index: int) -> list[float]:
         """The relative weights of one sample in one task, in the order in which it was seen."""
-        positions, values = self._of(task)
-        found: list[float] = values[positions == index].tolist()
+        found = self._of(task)
+        values: list[float] = found.weight[found.position == index].tolist()
+        return values
+
+    def rank(self, task: str, *, by: By = None, skip: int = 0) -> list[int]:
+        """The positions of all samples seen in a task, the most suspicious first.
+
+        By alignment: first those whose gradient opposed the reference's in the largest share of the times; among these
+        those with the most negative mean relative alignment. By weight: those with the lowest mean relative weight.
+        What ties is in the order of the positions. Samples without any alignment come last.
+
+        A label may be wrong in one task and right in another, so that there is no rank over all tasks.
+
+        Args:
+            task: the task.
+            by: ``"alignment"``; or ``"weight"``, which cannot tell samples apart that were always dropped. Left out, it
+                is the alignment, or the weight if the task has none, as with a weighting that reads no alignments.
+            skip: how many of each sample's first times to leave out, when the model knew little.
+
+        Raises:
+            MTLWeightError: if the task was not recorded, or has no alignments to rank by.
+        """
+        table = self._table(task, skip)
+        found: list[int] = table.position[self._levels(task, table, by).argsort(stable=True)].tolist()
         return found
 
-    def table(self, task: str | None = None, *, skip: int = 0) -> list[dict[str, str | int | float]]:
-        """One row for each sample that was seen: how often, how often its weight was 0, mean and last relative weight.
+    def to_table(
+        self, task: str | None = None, *, by: By = None, skip: int = 0
+    ) -> list[dict[str, str | int | float | None]]:
+        """The rows of :meth:`table` in the order of :meth:`rank`: the most suspicious first, task after task."""
+        rows = []
+        for name in self.tasks if task is None else (task,):
+            by_index = {row["index"]: row for row in self.table(name, skip=skip)}
+            rows += [by_index[index] for index in self.rank(name, by=by, skip=skip)]
+        return rows
+
+    def table(self, task: str | None = None, *, skip: int = 0) -> list[dict[str, str | int | float | None]]:
+        """One row for each sample that was seen, in the order of their positions.
+
+        ``seen`` is how often; ``dropped`` how often its weight was 0; ``mean`` and ``last`` are its mean and last
+        relative weight; ``opposed`` is the share of the times when its alignment was negative, and ``alignment`` the
+        mean relative one: ``None`` if none was measured.
 
         Args:
             task: the task; all if left out.
             skip: how many of each sample's first times to leave out, when the model knew little.
         """
-        rows: list[dict[str, str | int | float]] = []
+        rows: list[dict[str, str | int | float | None]] = []
         for name in self.tasks if task is None else (task,):
-            positions, values = self._of(name, skip)
-            index, inverse = positions.unique(return_inverse=True)
-            seen = torch.bincount(inverse, minlength=len(index))
-            dropped = torch.bincount(inverse, weights=(values == 0).double(), minlength=len(index))
-            mean = torch.bincount(inverse, weights=values, minlength=len(index)) / seen
-            latest = torch.zeros_like(index).scatter_reduce(0, inverse, torch.arange(len(inverse)), "amax")
-            last = values[latest]
-            columns = (index, seen, dropped.long(), mean, last)
-            names = ("index", "seen", "dropped", "mean", "last")
-            each = zip(*(column.tolist() for column in columns), strict=True)
-            rows += [{"task": name, **dict(zip(names, row, strict=True))} for row in each]
+            for row in zip(*(column.tolist() for column in self._table(name, skip)), strict=True):
+                values = (None if value != value else value for value in row)  # NaN
+                rows.append({"task": name, **dict(zip(_COLUMNS, values, strict=True))})
         return rows
 
     def to_csv(self, path: str | Path, *, skip: int = 0) -> None:
         """Writes :meth:`table` of all tasks to a file of comma-separated values."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ("task", "index", "seen", "dropped", "mean", "last"))
+            writer = csv.DictWriter(file, ("task", *_COLUMNS))
             writer.writeheader()
             writer.writerows(self.table(skip=skip))
 
-    def auroc(self, corrupted: Tensor | Mapping[int, bool], task: str, *, skip: int = 0) -> float:
-        """How well a low mean weight finds corrupted samples: the probability that one has less than a clean one.
+    def auroc(self, corrupted: Tensor | Mapping[int, bool], task: str, *, by: By = None, skip: int = 0) -> float:
+        """How well :meth:`rank` finds corrupted samples: the probability that one comes before a clean one.
 
         1/2 is chance; ties count half.
 
         Args:
             corrupted: booleans by position in the data set.
-            task: whose weights and labels.
-            skip: as in :meth:`table`.
+            task: whose weights, alignments and labels.
+            by: as in :meth:`rank`.
+            skip: as in :meth:`rank`.
 
         Raises:
-            MTLWeightError: if no corrupted or no clean sample was seen.
+            MTLWeightError: if no corrupted or no clean sample was seen, or :meth:`rank` raises.
         """
-        rows = self.table(task, skip=skip)
+        table = self._table(task, skip)
+        seen: list[int] = table.position.tolist()
         try:
-            bad = torch.tensor([bool(corrupted[int(row["index"])]) for row in rows])
+            if isinstance(corrupted, Tensor) and seen and seen[0] < 0:  # which would count from the end
+                raise LookupError
+            bad = torch.tensor([bool(corrupted[index]) for index in seen], dtype=torch.bool)
         except LookupError as error:
             raise MTLWeightError(
                 "SampleWeights: expected a truth value for each position that was seen, up to "
-                f"{max(int(row['index']) for row in rows)}, found {len(corrupted)} values. Pass one a sample of the "
-                "data set."
+                f"{seen[-1]}, found {len(corrupted)} values. Pass one a sample of the data set."
             ) from error
         if not bad.any() or bad.all():
             raise MTLWeightError(
-                f"SampleWeights: expected corrupted and clean samples among the {len(rows)} seen in task {task!r}, "
+                f"SampleWeights: expected corrupted and clean samples among the {len(seen)} seen in task {task!r}, "
                 f"found {int(bad.sum())} corrupted ones. Record more batches, or look at the mask."
             )
-        mean = torch.tensor([float(row["mean"]) for row in rows], dtype=torch.float64)
-        _, inverse, counts = mean.unique(return_inverse=True, return_counts=True)
+        _, inverse, counts = self._levels(task, table, by).unique(return_inverse=True, return_counts=True)
         ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]  # of equal values their mean rank
         clean = int((~bad).sum())
         above = float(ranks[~bad].sum()) - clean * (clean + 1) / 2
@@ -144,27 +287,99 @@ class SampleWeights:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that were seen."""
-        return tuple(dict.fromkeys(task for tasks, *_ in self._batches for task in tasks))
+        return tuple(self._settled())
 
-    def _of(self, task: str, skip: int = 0) -> tuple[Tensor, Tensor]:
-        """Positions and relative weights in one task, in the order in which they were seen."""
-        found = [
-            (index[labelled[t]], relative[t][labelled[t]])
-            for tasks, index, relative, labelled in self._batches
-            for t, name in enumerate(tasks)
-            if name == task
-        ]
-        if not found:
+    def _has(self, step: int, weights: Tensor) -> bool:
+        """Whether this is the step that was recorded last."""
+        last = self._last if step == self._step else None
+        return last is not None and torch.equal(weights, last.to(weights.device))
+
+    def _settled(self) -> dict[str, _Seen]:
+        """What was recorded in each task, on the host."""
+        waiting, self._waiting = self._waiting, []
+        for task in dict.fromkeys(task for tasks, *_ in waiting for task in tasks):
+            found = [
+                (time, index, *(column[tasks.index(task)] for column in columns))
+                for tasks, time, index, *columns in waiting
+                if task in tasks
+            ]
+            *columns, labelled = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+            new = _Seen(*(column[labelled] for column in columns))
+            new = new._replace(weight=new.weight.double(), alignment=new.alignment.double())
+            old = self._seen.get(task)
+            self._seen[task] = new if old is None else _Seen(*map(torch.cat, zip(old, new, strict=True)))
+        return self._seen
+
+    def _of(self, task: str, skip: int = 0) -> _Seen:
+        """What was recorded in one task."""
+        expect_count("SampleWeights", "skip", skip, 0)
+        found = self._settled().get(task)
+        if found is None:
             raise MTLWeightError(
                 f"SampleWeights: expected a task that was recorded ({', '.join(self.tasks) or 'none was'}), found "
                 f"{task!r}. Record its steps first."
             )
-        positions, values = (torch.cat(column).cpu() for column in zip(*found, strict=True))
         if skip:
-            order = positions.argsort(stable=True)
-            counts = positions[order].unique_consecutive(return_counts=True)[1]
+            order = found.position.argsort(stable=True)
+            counts = found.position[order].unique_consecutive(return_counts=True)[1]
             first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-            time = torch.empty_like(positions)
-            time[order] = torch.arange(len(positions)) - first
-            positions, values = positions[time >= skip], values[time >= skip]
-        return positions, values.double()
+            times = torch.empty_like(order)
+            times[order] = torch.arange(len(order)) - first
+            found = _Seen(*(column[times >= skip] for column in found))
+        return found
+
+    def _table(self, task: str, skip: int) -> _Table:
+        found = self._of(task, skip)
+        index, inverse = found.position.unique(return_inverse=True)
+
+        def total(values: Tensor) -> Tensor:
+            return torch.bincount(inverse, weights=values.double(), minlength=len(index))
+
+        seen = torch.bincount(inverse, minlength=len(index))
+        latest = torch.zeros_like(index).scatter_reduce(0, inverse, torch.arange(len(inverse)), "amax")
+        measured = total(~found.alignment.isnan())
+        return _Table(
+            index,
+            seen,
+            dropped=total(found.weight == 0).long(),
+            mean=total(found.weight) / seen,
+            last=found.weight[latest],
+            opposed=total(found.alignment < 0) / measured,
+            alignment=total(found.alignment.nan_to_num()) / measured,
+        )
+
+    def _levels(self, task: str, table: _Table, by: By) -> Tensor:
+        """Numbers that are smaller for more suspicious samples, and equal where these tie."""
+        if by not in ("alignment", "weight", None):
+            raise MTLWeightError(f"SampleWeights: expected by='alignment' or 'weight', found {by!r}. Choose one.")
+        measured = bool((~table.alignment.isnan()).any())
+        if by == "alignment" and not measured:
+            raise MTLWeightError(
+                f"SampleWeights: expected alignments of task {task!r} to rank by, found none in the reports. Use a "
+                "weighting that reads them per sample, such as SLGrad, or by='weight'."
+            )
+        keys = table.mean[:, None]
+        if by == "alignment" or (by is None and measured):
+            keys = torch.stack([(-table.opposed).nan_to_num(1.0), table.alignment.nan_to_num()], dim=1)
+        levels: Tensor = keys.unique(dim=0, return_inverse=True)[1]  # sorted by the first column, then the second
+        return levels
+
+
+def _relative(report: Report) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and alignments relative to their means over the whole batch, and which have a label, of own samples."""
+    weights, shares, alignment = report.weights, report.shares, report.alignment
+    if weights is None or shares is None or weights.shape != shares.shape:
+        shape = "nothing" if weights is None else f"weights of shape {list(weights.shape)}"
+        raise MTLWeightError(
+            "SampleWeights records weights per sample: expected a report of a step with a weighting such as "
+            f"SLGrad, found {shape}. Use such a weighting, and losses per sample."
+        )
+    labelled = shares > 0
+    if alignment is None or alignment.shape != weights.shape:
+        alignment = torch.full_like(weights, torch.nan)
+    alignment = alignment.to(weights.dtype)
+    own, count = report.own or slice(None), labelled.sum()
+    means = weights.sum() / count, alignment.abs().sum() / count
+    relative = (x / torch.where(mean == 0, 1.0, mean) for x, mean in zip((weights, alignment), means, strict=True))
+    weight, aligned = (x[:, own] for x in relative)
+    return weight, aligned, labelled[:, own]

@@ -4,10 +4,12 @@ import contextlib
 import copy
 import io
 import pickle
+import warnings
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mtlweight import (
     DWA,
@@ -30,6 +32,7 @@ from mtlweight import (
 )
 from mtlweight.engines import Processes
 from tests.distributed.training import SAMPLES, Run, Training, on_cpu
+from tests.optimizer.problems import Network
 from tests.registry import CASES
 
 
@@ -318,6 +321,21 @@ def recorded(count, rank, device):
 
 
 @scenario
+def recorded_and_merged(count, rank, device):
+    """What all processes remember, in each of them; none of the samples is in one process all the time."""
+    training, record = Training(Run(SLGrad("0")), count, rank, device=device), SampleWeights()
+    for k in range(3):
+        training.step(k)
+        record.add(training.optimizer.report, torch.arange(SAMPLES).roll(k)[training.own])
+    if rank is not None:
+        states = [None] * count
+        dist.all_gather_object(states, record.state_dict())
+        record = SampleWeights.merge(map(SampleWeights.from_state_dict, states))
+    histories = [record.history(task, index) for task in record.tasks for index in range(SAMPLES)]
+    return record.table(), record.rank("1"), histories
+
+
+@scenario
 def accumulated(count, rank, device):
     """Two batches before one step; the gradients of the first wait for those of the second."""
     training = Training(Run(MGDA()), count, rank, device=device)
@@ -418,6 +436,37 @@ def sharded_and_refused(count, rank, device):
         before = training.whole()
         heard = message(lambda training=training: training.combine(0))
         found[repr(run)] = heard, equal(before, training.whole())
+    return found
+
+
+@scenario
+def flattened(_count, _rank, device):
+    """FSDP1, whose parameters are flat, or pieces of flat ones."""
+    found = {}
+    for pieces in (False, True):
+        for weighting in (MGDA(), GradDrop(), SLGrad("0"), UW()):
+            torch.manual_seed(0)
+            network = Network(("0", "1")).to(device)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = FullyShardedDataParallel(network, use_orig_params=pieces, device_id=torch.device(device))
+            shared = network.encoder if pieces else model
+            optimizers = [
+                MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), weighting, shared=shared, **options)
+                for options in ({}, {"process_group": None})
+            ]
+            heard = []
+            for optimizer in optimizers[: 2 if weighting == UW() else 1]:
+
+                def act(optimizer=optimizer, model=model):
+                    optimizer.zero_grad()
+                    losses = model(torch.ones(3, 4, device=device))
+                    reference = model(torch.ones(2, 4, device=device))["0"].square().mean()
+                    optimizer.combine({t: y.square() for t, y in losses.items()}, reference=reference).backward()
+                    optimizer.step()
+
+                heard.append(message(act))
+            found[f"{weighting!r}, {pieces}"] = heard
     return found
 
 

@@ -1,6 +1,7 @@
 """Several processes under DistributedDataParallel take the steps of one process on the joined batch."""
 
 import functools
+import re
 import subprocess
 import sys
 import time
@@ -131,7 +132,7 @@ def test_a_penalty_that_is_not_finite_in_one_process_skips_the_step_in_all(outco
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["all_absent", "accumulated"])
+@pytest.mark.parametrize("name", ["all_absent", "accumulated", "recorded_and_merged"])
 def test_processes_do_what_one_process_does(outcomes, count, name):
     expected = SCENARIOS[name](count, None, "cpu")
     for found in outcomes(count, name):
@@ -239,6 +240,14 @@ def test_what_cannot_be_measured_of_sharded_parameters_raises_before_anything_ha
         for name, (heard, unchanged) in found.items():
             assert "but the parameters are sharded" in heard, name
             assert unchanged, name
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_fsdp1_is_named_where_gradients_are_read_or_processes_count_as_one(outcomes, count):
+    for found in outcomes(count, "flattened"):
+        for name, (heard, *alone) in found.items():
+            assert re.search(r"found (it in )?FullyShardedDataParallel \(FSDP1\).* Use ", heard), (name, heard)
+            assert all(text is None for text in alone), (name, alone)
 
 
 @pytest.mark.parametrize("count", COUNTS)

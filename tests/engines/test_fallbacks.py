@@ -5,12 +5,13 @@ import re
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from mtlweight import MGDA, MTLWeightError
 from tests.engines.test_alignment import combined, on_samples, optimizer_for, oracle
@@ -40,6 +41,11 @@ class HalveOnce(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(_ctx, incoming):
         return incoming / 2
+
+
+def halve_with(jvp):
+    """The same with this forward derivative, which fails."""
+    return type("HalveBadly", (Halve,), {"jvp": staticmethod(jvp)})
 
 
 class Halving(nn.Module):
@@ -74,7 +80,15 @@ def stateful(function):
 
 
 ONCE, TWICE = stateful(HalveOnce), stateful(Halve)
-JVP = r"the forward engine .*Halving: You must implement the jvp function for custom autograd.Function"
+JVP = r"the forward engine .*Halving: Halve(Once)?: You must implement the jvp function for custom autograd.Function"
+BADLY = {  # what a `jvp` does, and what the warning says
+    "takes too few arguments": (lambda _ctx: None, "TypeError .*takes 1 positional argument but 2 were given"),
+    "adds a string": (lambda _ctx, x: x + "a", "TypeError unsupported operand"),
+    "reads what was not saved": (lambda ctx, x: ctx.scale * x, "AttributeError .* has no attribute 'scale'"),
+    "looks up what is not there": (lambda _ctx, x: x * {}["scale"], "KeyError 'scale'"),
+    "returns two": (lambda _ctx, x: (x, x), r"an invalid number of forward gradients"),
+    "returns another shape": (lambda _ctx, x: x[:1], "forward gradient that has a different size"),
+}
 AGAIN = r"the pullback engine .*differentiate twice a function that was marked with @once_differentiable"
 FLASH = r"the pullback engine .*_scaled_dot_product_flash_attention_for_cpu_backward"
 CASES = {
@@ -83,6 +97,16 @@ CASES = {
     "no jvp, forward on request": (TWICE, torch.float64, "forward", "pullback", [JVP]),
     "neither jvp nor second derivative": (ONCE, torch.float64, "auto", "rows", [JVP, AGAIN]),
     "no second derivative, pullback on request": (ONCE, torch.float64, "pullback", "rows", [AGAIN]),
+    **{
+        f"a jvp that {does}": (
+            stateful(halve_with(jvp)),
+            torch.float64,
+            "auto",
+            "pullback",
+            [f"the forward engine .*Halving: HalveBadly: .*{says}"],
+        )
+        for does, (jvp, says) in BADLY.items()
+    },
     "fused LSTM": (
         NETWORKS["LSTM"],
         torch.float32,
@@ -282,9 +306,10 @@ class Checkpointed(nn.Sequential):
     """Keeps none of its activations for the backward."""
 
     reentrant = False
+    context_fn = staticmethod(noop_context_fn)
 
     def forward(self, x):
-        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant, context_fn=self.context_fn)
 
 
 CHECKPOINTED = Recipe(
@@ -308,6 +333,20 @@ def test_reentrant_checkpointing_is_an_error_that_says_what_to_change(monkeypatc
     p.held_out.requires_grad_()
     with pytest.raises(MTLWeightError, match=r"Expected checkpoint.*use_reentrant=False.*found use_reentrant=True"):
         combined(p, optimizer_for(p, on_samples), p.sample_losses)
+
+
+@pytest.mark.parametrize("engine", ["auto", "pullback", "rows", "samples"])
+@pytest.mark.parametrize("reads", ["alignments", "gradients"])
+def test_selective_checkpointing_is_an_error_that_says_what_to_change(monkeypatch, reads, engine):
+    selective = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    monkeypatch.setattr(Checkpointed, "context_fn", selective)
+    p = problem(CHECKPOINTED)
+    by, losses = (on_samples, p.sample_losses()) if reads == "alignments" else (MGDA(), p.task_losses())
+    optimizer = optimizer_for(p, by, engine=engine)
+    with pytest.raises(
+        MTLWeightError, match=r"Selective activation checkpointing .* without context_fn, found .*Leave"
+    ):
+        optimizer.combine(losses, reference=p.reference)
 
 
 @pytest.mark.parametrize("network", ["linear", "convolutions and BatchNorm", "dropout", "LayerNorm"])

@@ -2,6 +2,7 @@ import gzip
 import importlib.util
 import json
 import pickle
+import re
 import shlex
 
 import numpy as np
@@ -58,6 +59,15 @@ def test_its_quick_form_runs_a_job_a_seed_and_collects_tables_and_pictures(
         content = (tmp_path / f"slgrad-{study}-{picture}.png").read_bytes()
         assert content.startswith(b"\x89PNG")
         assert len(content) > 10_000
+
+
+def test_the_comparison_of_orders_has_a_row_for_each(monkeypatch, python):
+    monkeypatch.chdir(ROOT)
+    head, _, *rows = python("-m", "examples.slgrad.ranking", "--quick", "--seeds", "2").out.splitlines()
+    assert head == "| AUROC of the order by | constant 60% |"
+    scores = {name: float(score.split()[0]) for name, score in (row.strip("| ").split(" | ") for row in rows)}
+    assert [*scores] == re.findall(r"^\| ([^|]*alignment|weight) \|", (DOCS / "slgrad.md").read_text(), re.MULTILINE)
+    assert all(0 <= score <= 1 for score in scores.values())
 
 
 def test_an_auroc_is_the_share_of_pairs_in_the_right_order_with_half_the_ties():

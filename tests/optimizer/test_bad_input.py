@@ -175,26 +175,39 @@ CASES = [
     *losses(
         "a loss that is neither a scalar nor [b]",
         lambda p: {"left": p.samples()["left"][:, None]},
-        r"'left' as a scalar or one value a sample \[b\], found shape \[6, 1\]\. Average",
+        r"'left' as a scalar or one value a sample \[b\], found shape \[6, 1\]\. Reduce .* a mean or a sum as",
     ),
-    *losses("a tensor [m, b, c]", lambda _: torch.zeros(2, 3, 4, requires_grad=True), r"found \[2, 3, 4\]\. Stack"),
+    *losses(
+        "a tensor [m, b, c]",
+        lambda _: torch.zeros(2, 3, 4, requires_grad=True),
+        r"found \[2, 3, 4\]\. Stack .* a mean or a sum",
+    ),
+    *losses(
+        "losses of pixels",
+        lambda p: {"left": p.samples()["left"].expand(3, 2, 6).movedim(2, 0)},
+        r"one value a sample \[b\], found shape \[6, 3, 2\]\. Reduce .* with a mean or a sum",
+    ),
     *losses("no samples", lambda p: {"left": p.samples()["left"][:0]}, r"'left' .* found shape \[0\].* pass None"),
     *losses(
         "another number of samples in each task",
         lambda p: {"left": p.samples()["left"], "right": p.samples()["right"][:4]},
-        r"one shape, .* found left \[6\], right \[4\]\. Average",
+        r"one shape, .* found left \[6\], right \[4\]\. Reduce",
     ),
     *losses(
         "a scalar beside losses per sample",
         lambda p: {"left": p.samples()["left"], "right": p.losses()["right"]},
-        r"one shape, .* found left \[6\], right \[\]\. Average",
+        r"one shape, .* found left \[6\], right \[\]\. Reduce",
     ),
     # No graph
-    *losses("losses without a graph", constants, r"'left' has no graph: expected .* found a constant\. Compute"),
+    *losses(
+        "losses without a graph",
+        constants,
+        r"'left' has no graph: expected .* found a constant\. Pass None if the task is absent.* compute",
+    ),
     *losses(
         "one loss without a graph",
         lambda p: {**p.losses(), "right": p.losses()["right"].detach()},
-        r"'right' has no graph: expected .* found a constant\. Compute",
+        r"'right' has no graph: expected .* found a constant\. Pass None if .* compute",
     ),
     # Shared parameters
     *losses(
@@ -292,7 +305,7 @@ CASES = [
     *reference(
         "a reference [b, c]",
         lambda p: p.samples()["left"][:, None],
-        r"reference as a scalar or \[b\] tensor.* found \[6, 1\]\. Pass",
+        r"reference as a scalar or \[b\] tensor.* found \[6, 1\]\. Pass .* Reduce .* a mean or a sum",
         options={"shared": True},
     ),
     *reference(

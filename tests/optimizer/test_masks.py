@@ -13,12 +13,13 @@ from mtlweight import (
     GradDrop,
     MTLWeightError,
     Needs,
+    NonFiniteError,
     PCGrad,
     SLGrad,
     every,
     weighting,
 )
-from tests.optimizer.problems import Problem, own, same_numbers, step, wrap
+from tests.optimizer.problems import Problem, own, poison, same, same_numbers, step, wrap
 
 MASK = {"left": torch.tensor([1, 1, 0, 1, 0, 1]).bool(), "right": torch.tensor([0, 1, 0, 0, 0, 1]).bool()}
 
@@ -122,6 +123,52 @@ def test_a_batch_without_any_label_is_skipped():
     optimizer = wrap(p, UW())
     step(optimizer, p.samples, mask={task: torch.zeros(6, dtype=torch.bool) for task in p.tasks})
     assert (optimizer.report.skipped, optimizer.report.step) == (1, 0)
+
+
+UNDER_THE_MASK = {
+    # what the loss of a sample without a label is, and what the message says of it
+    "a NaN for its label": (lambda loss: loss * torch.nan, "The loss of a sample without a label is NaN or infinite"),
+    "a loss with a gradient of NaN": (lambda loss: (loss * 0).sqrt(), "It may be that of one without a label"),
+}
+
+
+@pytest.mark.parametrize("form", ["callable", "computed", "parts"])
+@pytest.mark.parametrize("by", [Equal(), UW(), MGDA(), GradDrop(), SLGrad("left")], ids=repr)
+@pytest.mark.parametrize("kind", UNDER_THE_MASK)
+def test_a_bad_gradient_under_the_mask_is_named_with_its_task_and_what_to_do(kind, by, form):
+    make, says = UNDER_THE_MASK[kind]
+    mask = {"left": torch.ones(6).bool(), "right": MASK["right"]}
+
+    def losses():
+        found = p.samples()
+        return {**found, "right": torch.where(mask["right"], found["right"], make(found["right"]))}
+
+    p = Problem()
+    optimizer = wrap(p, by, shared=p.encoder, model=p.model)
+    if form == "parts" and by == GradDrop():
+        pytest.skip("weights per entry take the batch at once")
+    before = p.everything(optimizer)
+    given = {"callable": losses, "parts": [losses, losses]}.get(form) or losses()
+
+    def act():
+        optimizer.combine(given, reference=p.reference, mask=[mask, mask] if form == "parts" else mask).backward()
+        optimizer.step()
+
+    with pytest.raises(NonFiniteError, match=rf"{says} \(task right\): .*0 \* NaN is NaN.* any finite label") as caught:
+        act()
+    assert "task left" not in str(caught.value)
+    p.model.zero_grad()
+    assert same(p.everything(optimizer), before)
+
+
+def test_a_bad_gradient_of_a_labelled_sample_is_not_said_to_be_under_the_mask():
+    p = Problem()
+    optimizer = wrap(p, Equal())
+    losses = p.samples()
+    losses["left"] = losses["left"] + poison(p.encoder[0].weight)
+    optimizer.combine(losses, mask={"left": torch.ones(6).bool()}).backward()
+    with pytest.raises(NonFiniteError, match=r"The step was not taken\. Look at the batch"):
+        optimizer.step()
 
 
 def test_a_tensor_of_losses_takes_a_tensor_of_masks():

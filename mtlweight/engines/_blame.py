@@ -1,0 +1,54 @@
+"""Where a gradient that is not finite comes from, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from mtlweight._errors import NonFiniteError
+from mtlweight.engines._parts import called
+
+Hidden: TypeAlias = list[tuple[str, Tensor, Tensor]]
+"""Task, mask ``[b]`` and losses ``[b]`` as they were before the mask; read only where something is not finite."""
+
+
+def behind_masks(hidden: Hidden) -> str:
+    """What to do, if it may come from samples without a label; else empty."""
+    masked = [(task, mask, loss) for task, mask, loss in hidden if not mask.all()]
+    bad = [task for task, mask, loss in masked if not (loss.isfinite() | mask.to(loss.device)).all()]
+    names = dict.fromkeys(bad or [task for task, *_ in masked])
+    if not names:
+        return ""
+    what = "The loss of a sample without a label is NaN or infinite" if bad else "It may be that of one without a label"
+    return (
+        f"{what} (task {', '.join(names)}): the mask multiplies its gradient by 0, and 0 * NaN is NaN. Give such a "
+        "sample any finite label before the loss is computed, as with torch.where(mask, label, 0)."
+    )
+
+
+def bad_gradient(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    modules: Sequence[nn.Module],
+    groups: Sequence[Mapping[str, Any]],
+    hidden: Hidden,
+) -> NonFiniteError:
+    """The error for a gradient that is not finite after backward.
+
+    Args:
+        parameters: the optimizer's.
+        gradients: of those that have one.
+        modules: those that the user named.
+        groups: the optimizer's groups of parameters.
+        hidden: what the masks hide.
+    """
+    having = [p for p in parameters if p.grad is not None]
+    bad = [p for p, g in zip(having, gradients, strict=True) if not g.isfinite().all()]
+    where = called(bad[0], modules, groups) if bad else "another process's part of one"
+    todo = behind_masks(hidden) or "Look at the batch, or choose on_nonfinite='skip'."
+    return NonFiniteError(
+        "A gradient is not finite after backward: expected finite numbers, found NaN or infinity for "
+        f"{where}. The step was not taken. {todo}"
+    )
