@@ -25,6 +25,7 @@ from mtlweight._weighting import Weighting, evaluate
 from mtlweight.engines import (
     ENGINES,
     Accumulation,
+    Agreed,
     Batch,
     Capture,
     Parts,
@@ -53,6 +54,7 @@ class _Pending:
     report: Report
     tasks: tuple[str, ...]
     memory: State
+    seed: int | None
     dropped: tuple[str, ...] = ()
     skip: bool = False
     observe: Callable[[], Given] | None = None
@@ -69,7 +71,7 @@ class _Record:
     engine: str
     heads: str
     on_nonfinite: str
-    seed: int
+    seed: int | None
     penalty: Penalty | None = None
     outer: list[nn.Module | Tensor] = field(default_factory=list)
     processes: Processes | None = None
@@ -121,7 +123,8 @@ class MultiTaskOptimizer(Optimizer):
         on_nonfinite: what to do if a loss or a gradient is not finite: ``"raise"``; ``"skip"`` the step; or ``"drop"``
             the task from this batch, and skip the step where no single task is to blame: a bad gradient has a task's
             name only if the weighting reads gradients. Skipped and dropped are counted in :attr:`report`.
-        seed: seed of random weightings, together with the step.
+        seed: seed of random weightings, together with the step. Default ``None``: torch's, ``torch.initial_seed()`` at
+            the first :meth:`combine`; of several processes the first one's.
         penalty: an objective beside the losses that no weighting weighs: a function of the losses (with their graph),
             the view and ``environments``, that returns a scalar with a graph; such as
             ``mtlweight.causal.Invariance().on(selector)``.
@@ -146,7 +149,7 @@ class MultiTaskOptimizer(Optimizer):
         engine: str = "auto",
         heads: Literal["weighted", "unweighted"] = "weighted",
         on_nonfinite: Literal["raise", "skip", "drop"] = "raise",
-        seed: int = 0,
+        seed: int | None = None,
         penalty: Penalty | None = None,
         outer: Parts | None = None,
         process_group: Any = "default",
@@ -155,6 +158,7 @@ class MultiTaskOptimizer(Optimizer):
         _expect("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
         _expect("weighting", weighting, Weighting, "a weighting such as UW()")
         _expect("model", model, (nn.Module, type(None)), "a torch.nn.Module")
+        _expect("seed", None if type(seed) is int else seed, type(None), "an int, or None for torch's seed")
         _choice("engine", engine, ENGINES)
         _choice("heads", heads, ("weighted", "unweighted"))
         _choice("on_nonfinite", on_nonfinite, ("raise", "skip", "drop"))
@@ -251,7 +255,7 @@ class MultiTaskOptimizer(Optimizer):
     def _combine(self, environments: Any, objective: Penalty | None, losses: Any, reference: Any, mask: Any) -> Tensor:
         r = self._record
         start = r.pending if r.accumulation.continues else None
-        start = start or _Pending(r.state, r.report, r.tasks, r.memory)
+        start = start or _Pending(r.state, r.report, r.tasks, r.memory, r.seed)
         r.pending = None
         if environments is not None and r.penalty is None:
             raise MTLWeightError(
@@ -269,7 +273,6 @@ class MultiTaskOptimizer(Optimizer):
         batch: Batch | None = None
         try:
             batch = read(losses, reference, plan)
-            tasks = tuple(dict.fromkeys((*start.tasks, *batch.tasks)))
             while True:
                 if not batch.tasks:
                     return self._skip(start, dropped, batch)
@@ -292,7 +295,10 @@ class MultiTaskOptimizer(Optimizer):
         writes = r.weighting.writes
         scalar = batch.combined(weights, writes, penalty)
         report = Report(step=r.step + 1, weights=weights, writes=writes, notes=view.notes, **batch.measured())
-        r.pending = _Pending(state, report, tasks, plan.memory, start.dropped + dropped, start.skip)
+        agreed = plan.agreed
+        r.pending = _Pending(
+            state, report, tuple(agreed.tasks), plan.memory, agreed.seed, start.dropped + dropped, start.skip
+        )
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
         return scalar
@@ -382,7 +388,8 @@ class MultiTaskOptimizer(Optimizer):
         if own is None:
             warnings.warn(f"The state dict has no key {KEY!r}: the weighting starts afresh.", stacklevel=2)
             own = {"seed": r.seed, "step": 0, "tasks": [], "skipped": 0, "dropped": {}, "state": None, "memory": {}}
-        r.seed, r.step, r.tasks = own["seed"], own["step"], tuple(own["tasks"])
+        r.seed = r.seed if own["seed"] is None else own["seed"]
+        r.step, r.tasks = own["step"], tuple(own["tasks"])
         r.state, r.memory, r.pending, r.report = own["state"], own["memory"], None, Report(step=r.step)
         r.skipped, r.dropped = own["skipped"], Counter(own["dropped"])
         r.accumulation.restart()
@@ -400,6 +407,10 @@ class MultiTaskOptimizer(Optimizer):
     def _plan(self, start: _Pending, mask: Any = None) -> Plan:
         r = self._record
         outer = parameters(r.outer)
+        processes = None if r.processes is None else r.processes.active
+        agreed = Agreed([*start.tasks], start.seed)
+        if agreed.seed is None and processes is None and not torch.compiler.is_compiling():
+            agreed.seed = torch.initial_seed()
         return Plan(
             weighting=r.weighting,
             use=r.weighting.reference,
@@ -412,12 +423,12 @@ class MultiTaskOptimizer(Optimizer):
             optimizer=r.optimizer,
             modules=self._modules(),
             capture=r.capture,
-            tasks=start.tasks,
+            agreed=agreed,
             mask=mask,
             memory={**start.memory},
             state=start.state,
-            view=lambda batch: View(batch, step=r.step, seed=r.seed),
-            processes=None if r.processes is None else r.processes.active,
+            view=lambda batch: View(batch, step=r.step, seed=agreed.seed),
+            processes=processes,
             stamp={"step": r.step, "seed": r.seed, "tasks": r.tasks},
             broken=r.broken,
             uses=r.uses,
@@ -483,7 +494,7 @@ class MultiTaskOptimizer(Optimizer):
         if skipped:
             r.skipped += 1
             return
-        r.state, r.memory, r.tasks = pending.state, pending.memory, pending.tasks
+        r.state, r.memory, r.tasks, r.seed = pending.state, pending.memory, pending.tasks, pending.seed
         r.report, r.step = pending.report, r.step + 1
         if pending.observe is not None and pending.state is not None:
             with full_precision():

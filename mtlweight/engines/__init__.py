@@ -5,7 +5,7 @@ from mtlweight.engines._again import look_again, snapshot
 from mtlweight.engines._batch import Batch
 from mtlweight.engines._losses import deferred
 from mtlweight.engines._parts import Parts, called, parameters, parts
-from mtlweight.engines._plan import ENGINES, Plan
+from mtlweight.engines._plan import ENGINES, Agreed, Plan
 from mtlweight.engines._precision import full_precision
 from mtlweight.engines._processes import Processes, local
 from mtlweight.engines._read import read
@@ -14,6 +14,7 @@ from mtlweight.engines.features import Capture
 __all__ = [
     "ENGINES",
     "Accumulation",
+    "Agreed",
     "Batch",
     "Capture",
     "Parts",

@@ -30,6 +30,19 @@ ENGINES = ("auto", "rows", "batched", "features", "forward", "pullback", "sample
 
 
 @dataclass
+class Agreed:
+    """What all evaluations of a step, all parts of its batch and all processes agree on while they read it.
+
+    Args:
+        tasks: those that have a place, in order. What the step mentions anew joins at the end.
+        seed: of the weighting's random numbers, if it is decided.
+    """
+
+    tasks: list[str]
+    seed: int | None
+
+
+@dataclass
 class Plan:
     """What an engine has to know before a batch.
 
@@ -46,7 +59,7 @@ class Plan:
         optimizer: the wrapped optimizer, which may be asked for a step ahead.
         modules: modules that the user named and whose parameters the forward engine may swap.
         capture: records the shared representation, for the features engine.
-        tasks: the tasks that the committed state knows.
+        agreed: places of tasks, and the seed.
         mask: which samples have a label, as the user gave it.
         memory: what engines keep from step to step: a copy of the committed one, which becomes the next.
         state: the weighting's committed state.
@@ -69,7 +82,7 @@ class Plan:
     optimizer: Optimizer
     modules: list[nn.Module]
     capture: features.Capture | None
-    tasks: tuple[str, ...]
+    agreed: Agreed
     mask: Any
     memory: dict[str, Any]
     state: State | None
@@ -80,6 +93,11 @@ class Plan:
     uses: Counter[str]
     warn: Callable[[str, str], None]
     used: list[str] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that have a place, in order."""
+        return self.agreed.tasks
 
     @property
     def name(self) -> str:
@@ -109,7 +127,7 @@ class Plan:
                 f"Losses in parts are masked in parts: expected a list of {max(count, 1)} masks (or none) beside as "
                 f"many callables, found {type(masks).__name__} beside {count}. Pass one mask a part."
             )
-        return [replace(self, mask=mask) for mask in masks]
+        return [replace(self, mask=mask, agreed=replace(self.agreed, tasks=[*self.tasks])) for mask in masks]
 
     def labelled(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Which samples of these tasks have a label."""
@@ -117,9 +135,14 @@ class Plan:
         return {t: self.masks.get(t, mask).to(mask.device) for t, mask in everyone.items()}
 
     def named(self, losses: Any, *, graph: bool = True) -> dict[str, Tensor]:
-        """The present tasks' losses by name, 0 where there is no label; other processes may have labels of a task."""
-        known, empty = self.tasks if graph else (), self.processes is not None
-        return _losses.named(losses, known, graph=graph, masks=self.masks, empty=empty)
+        """The present tasks' losses by name, 0 where there is no label; other processes may have labels of a task.
+
+        What they mention has a place from then on.
+        """
+        found, self.agreed.tasks = _losses.named(
+            losses, self.tasks, graph=graph, masks=self.masks, empty=self.processes is not None
+        )
+        return found
 
     @functools.cached_property
     def shared(self) -> list[Tensor] | None:
