@@ -68,7 +68,7 @@ def row(name: str, what: str, values: PerTask, view: View) -> Tensor:
         known = view.known
         if len(values) != len(known):
             raise MTLWeightError(
-                f"{name}: expected {len(values)} tasks, one for each number in {what}, found {len(known)} so far "
+                f"{name}: expected {len(values)} tasks, one for each number in {what}, found {len(known)} "
                 f"({', '.join(known)}). Give a mapping by name; or mention all tasks in the first batch, absent ones "
                 "with None."
             )

@@ -150,7 +150,7 @@ def test_numbers_by_position_ask_for_names_while_not_all_tasks_have_a_place(kind
     p = Problem(ABC)
     optimizer = optimizer_of(p, POSITIONS[kind](in_order))
     before = p.everything(optimizer)
-    wanted = r"expected 3 tasks, one for each number in \w+, found 2 so far \(b, a\)\. Give a mapping by name.* None"
+    wanted = r"expected 3 tasks, one for each number in \w+, found 2 \(b, a\)\. Give a mapping by name.* None"
     with pytest.raises(MTLWeightError, match=wanted):
         optimizer.combine(lambda: {task: p.losses()[task] for task in ("b", "a")})
     assert same(p.everything(optimizer), before)
