@@ -497,9 +497,13 @@ class MultiTaskOptimizer(Optimizer):
         r.state, r.memory, r.tasks, r.seed = pending.state, pending.memory, pending.tasks, pending.seed
         r.report, r.step = pending.report, r.step + 1
         if pending.observe is not None and pending.state is not None:
-            with full_precision():
-                view = View(pending.observe(), step=r.step - 1, seed=r.seed)
-                seen = r.weighting.observe(view, pending.state) if view.losses.isfinite().all() else None
+            try:
+                with full_precision():
+                    view = View(pending.observe(), step=r.step - 1, seed=r.seed)
+                    seen = r.weighting.observe(view, pending.state) if view.losses.isfinite().all() else None
+            except Exception:  # whatever it is, the step was taken, and all else of it is committed
+                r.fallbacks["the losses after the step could not be evaluated: not observed"] += 1
+                raise
             if seen is not None and all_finite(list(tensors_of(seen))):
                 r.state = seen
             else:

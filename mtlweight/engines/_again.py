@@ -81,6 +81,7 @@ def look_again(losses: Any, plan: Plan, rewind: Callable[[], None], tasks: tuple
         MTLWeightError: if one of these has no loss now.
     """
     in_parts = isinstance(losses, (list, tuple))
+    losses = as_written(losses) if plan.as_written else losses
     closures, plans = (losses, plan.split(len(losses))) if in_parts else ([losses], [plan])
 
     def evaluated(closure: Callable[[], Any], each: Plan) -> dict[str, Tensor]:

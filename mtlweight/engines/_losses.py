@@ -23,7 +23,7 @@ def named(
     masks: Masks | None = None,
     empty: bool = False,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The present tasks' losses by name, all scalars or all ``[b]``; and all tasks with a place, in whose order they are.
+    """The present tasks' losses by name, all scalars or all ``[b]``, and all tasks with a place, in the order of both.
 
     Args:
         losses: mapping from task name to a scalar or ``[b]`` tensor, or to ``None`` for an absent task; or a tensor

@@ -69,6 +69,8 @@ class Plan:
         broken: engines that have fallen back before, with the cause.
         uses: how often each engine has measured alignments.
         warn: called with an engine's name and the cause at each fallback.
+        used: the engines that have measured something in this step.
+        as_written: whether the losses run without compiled code in this step.
     """
 
     weighting: Weighting
@@ -93,6 +95,7 @@ class Plan:
     uses: Counter[str]
     warn: Callable[[str, str], None]
     used: list[str] = field(default_factory=list)
+    as_written: bool = False
 
     @property
     def tasks(self) -> list[str]:

@@ -17,8 +17,9 @@ class RLW(Weighting):
 
     ``w = softmax(z)``, ``z_t ~ N(0, 1)`` independent.
 
-    *Reads* nothing but ``view.generator``: a task's draw depends on the seed, the step and its place alone, so it is the
-    same on all ranks, after a resume, and whoever is absent. *Writes* ``[m]``, on the simplex. *State* none. *Cost* none.
+    *Reads* nothing but ``view.generator``: a task's draw depends on the seed, the step and its place alone, so it is
+    the same on all ranks, after a resume, and whoever is absent. *Writes* ``[m]``, on the simplex. *State* none. *Cost*
+    none.
 
     >>> RLW()(losses=torch.tensor([3.0, 0.5])).sum()
     tensor(1.)

@@ -238,7 +238,7 @@ def unlike(count, rank, device):
 
 
 class Turned(Training):
-    """Each process has the tasks in another order, anew in each step; the first process has them as they are at first."""
+    """Each process has the tasks in another order, anew in each step; the first has them as they are in the first."""
 
     def losses(self, k):
         found, turn = super().losses(k), 0 if self.rank is None else (k + 1) * self.rank + k
@@ -258,7 +258,7 @@ def turned(count, rank, device):
 
 
 class Unlabelled(Training):
-    """Losses in a tensor: the last task has no label in any process in the first batch, nor in the first process ever."""
+    """Losses in a tensor: the last task has no label in the first batch, and never one in the first process."""
 
     def combine(self, k):
         mask = torch.ones(len(self.names), SAMPLES, dtype=torch.bool)

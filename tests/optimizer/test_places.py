@@ -41,7 +41,7 @@ def tasks_of(case):
 
 
 def optimizer_of(p, weighting, **options):
-    # Without momentum, which moves the head of an absent task where it gets a gradient of zeros, and not where it gets none.
+    # Without momentum, which moves the head of an absent task if its gradient is zero, and not if it has none.
     sgd = torch.optim.SGD(p.model.parameters(), lr=0.05)
     return MultiTaskOptimizer(sgd, weighting, shared=p.encoder, model=p.model, **options)
 
@@ -224,8 +224,8 @@ def test_each_micro_batch_of_a_step_sees_the_same_draw_for_its_task():
         for names in (("c", "b"), ("a", "b")):
             losses = p.losses(1)
             (optimizer.combine({t: losses[t] for t in names}) / 2).backward()
-            weights = dict(zip(optimizer._record.pending.report.tasks, optimizer._record.pending.report.weights))
-            ratios.update({t: float(weights[t] / weights["b"]) for t in names})
+            weights = optimizer._record.pending.report.task_weights
+            ratios.update({t: weights[t] / weights["b"] for t in names})
     step(other, q.losses(1))
     expected = other.report.task_weights
     assert ratios == pytest.approx({t: expected[t] / expected["b"] for t in ABC})
@@ -346,7 +346,12 @@ def test_masks_go_by_name_whatever_their_order_and_that_of_the_losses():
     masks = {t: torch.arange(6) % 3 != i for i, t in enumerate(ABC)}
     for k in range(2):
         step(optimizer, lambda k=k: p.samples(k), reference=p.reference, mask=masks)
-        step(other, lambda k=k: q.samples(k) if k == 0 else turned(q.samples(k), k), reference=q.reference, mask=turned(masks, k + 1))
+        step(
+            other,
+            lambda k=k: q.samples(k) if k == 0 else turned(q.samples(k), k),
+            reference=q.reference,
+            mask=turned(masks, k + 1),
+        )
     assert same(report_of(optimizer), report_of(other))
     assert same(p.parameters(), q.parameters())
     assert not math.isnan(sum(other.report.task_losses.values()))
