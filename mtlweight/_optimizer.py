@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtlweight._checkpoint import KEY, VERSION, expect_loadable, signature
+from mtlweight._checkpoint import KEY, expect_loadable, restore, saved
 from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._report import Report
 from mtlweight._statistics import Given, all_finite, tensors_of
@@ -55,6 +55,7 @@ class _Pending:
     tasks: tuple[str, ...]
     memory: State
     seed: int | None
+    uses: Counter[str]
     dropped: tuple[str, ...] = ()
     skip: bool = False
     observe: Callable[[], Given] | None = None
@@ -255,7 +256,7 @@ class MultiTaskOptimizer(Optimizer):
     def _combine(self, environments: Any, objective: Penalty | None, losses: Any, reference: Any, mask: Any) -> Tensor:
         r = self._record
         start = r.pending if r.accumulation.continues else None
-        start = start or _Pending(r.state, r.report, r.tasks, r.memory, r.seed)
+        start = start or _Pending(r.state, r.report, r.tasks, r.memory, r.seed, r.uses)
         r.pending = None
         if environments is not None and r.penalty is None:
             raise MTLWeightError(
@@ -295,10 +296,8 @@ class MultiTaskOptimizer(Optimizer):
         writes = r.weighting.writes
         scalar = batch.combined(weights, writes, penalty)
         report = Report(step=r.step + 1, weights=weights, writes=writes, notes=view.notes, **batch.measured())
-        agreed = plan.agreed
-        r.pending = _Pending(
-            state, report, tuple(agreed.tasks), plan.memory, agreed.seed, start.dropped + dropped, start.skip
-        )
+        tasks, seed = tuple(plan.agreed.tasks), plan.agreed.seed
+        r.pending = _Pending(state, report, tasks, plan.memory, seed, plan.uses, start.dropped + dropped, start.skip)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
         return scalar
@@ -363,15 +362,7 @@ class MultiTaskOptimizer(Optimizer):
         A bare optimizer of the wrapped class loads it too. It loads with ``torch.load(weights_only=True)``.
         """
         r = self._record
-        own = {
-            "version": VERSION,
-            "weighting": signature(r.weighting),
-            "seed": r.seed,
-            "step": r.step,
-            "tasks": [*r.tasks],
-        }
-        own.update(skipped=r.skipped, dropped=dict(r.dropped), state=r.state, memory=r.memory)
-        return {**r.optimizer.state_dict(), KEY: own}
+        return {**r.optimizer.state_dict(), KEY: saved(r)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state dict of this class, or one of a bare optimizer of the wrapped class (with a warning).
@@ -387,11 +378,9 @@ class MultiTaskOptimizer(Optimizer):
         r.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         if own is None:
             warnings.warn(f"The state dict has no key {KEY!r}: the weighting starts afresh.", stacklevel=2)
-            own = {"seed": r.seed, "step": 0, "tasks": [], "skipped": 0, "dropped": {}, "state": None, "memory": {}}
-        r.seed = r.seed if own["seed"] is None else own["seed"]
-        r.step, r.tasks = own["step"], tuple(own["tasks"])
-        r.state, r.memory, r.pending, r.report = own["state"], own["memory"], None, Report(step=r.step)
-        r.skipped, r.dropped = own["skipped"], Counter(own["dropped"])
+            own = {"step": 0, "tasks": [], "skipped": 0, "dropped": {}, "state": None, "memory": {}}
+        restore(r, own)
+        r.pending, r.report = None, Report(step=r.step)
         r.accumulation.restart()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -408,9 +397,7 @@ class MultiTaskOptimizer(Optimizer):
         r = self._record
         outer = parameters(r.outer)
         processes = None if r.processes is None else r.processes.active
-        agreed = Agreed([*start.tasks], start.seed)
-        if agreed.seed is None and processes is None and not torch.compiler.is_compiling():
-            agreed.seed = torch.initial_seed()
+        agreed = Agreed.of(start.tasks, start.seed, processes)
         return Plan(
             weighting=r.weighting,
             use=r.weighting.reference,
@@ -431,7 +418,7 @@ class MultiTaskOptimizer(Optimizer):
             processes=processes,
             stamp={"step": r.step, "seed": r.seed, "tasks": r.tasks},
             broken=r.broken,
-            uses=r.uses,
+            uses=Counter(start.uses),
             warn=self._fall_back,
         )
 
@@ -495,7 +482,7 @@ class MultiTaskOptimizer(Optimizer):
             r.skipped += 1
             return
         r.state, r.memory, r.tasks, r.seed = pending.state, pending.memory, pending.tasks, pending.seed
-        r.report, r.step = pending.report, r.step + 1
+        r.report, r.uses, r.step = pending.report, pending.uses, r.step + 1
         if pending.observe is not None and pending.state is not None:
             try:
                 with full_precision():

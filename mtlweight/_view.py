@@ -72,7 +72,10 @@ class View:
         needs: what may be read; anything else raises.
 
     Attributes:
-        tasks: names of the tasks present in this batch, in the order of the rows.
+        tasks: names of the tasks present in this batch, in the order of the rows, which is that of their places.
+        known: names of all tasks that have a place, in order; absent ones too. A task gets its place when it is first
+            mentioned, as a key of the mapping or a row of the tensor, whether or not it has a loss or a label then. It
+            keeps it: in later batches, in micro-batches, in all processes, after a resume.
         step: number of committed steps before this one.
         notes: named tensors for ``optimizer.report``; write with :meth:`note`.
     """
@@ -80,7 +83,7 @@ class View:
     def __init__(
         self, source: Source, *, step: int = 0, seed: int | None = None, needs: Needs = ~Needs.NOTHING
     ) -> None:
-        self.tasks = source.tasks
+        self.tasks, self.known = source.tasks, source.known
         self.step = step
         self._source = source
         self._seed = seed
@@ -92,20 +95,9 @@ class View:
         self._entries: Tensor | None = None
 
     @property
-    def known(self) -> tuple[str, ...]:
-        """All tasks that have a place, in the order of their places; absent ones too.
-
-        A task gets its place when it is first mentioned, as a key of the mapping or a row of the tensor, whether or not
-        it has a loss or a label then. It keeps it: in later batches, in micro-batches, in all processes, after a
-        resume.
-        """
-        return self._source.known
-
-    @property
     def places(self) -> tuple[int, ...]:
         """The place of each present task among :attr:`known`: what belongs to a task by position is looked up here."""
-        known = self.known
-        return tuple([known.index(task) for task in self.tasks])
+        return tuple([self.known.index(task) for task in self.tasks])
 
     @property
     def device(self) -> torch.device:
@@ -210,7 +202,7 @@ class View:
 
     def of(self, source: Source) -> View:
         """The same view of another batch, such as this process's part of one."""
-        return self._with(_source=source, tasks=source.tasks)
+        return self._with(_source=source, tasks=source.tasks, known=source.known)
 
     def scaled(self, weights: Tensor, writes: str | None = None) -> View:
         """The view of the weighted problem: losses, rows and alignment times ``weights``, Gramian ``w G wᵀ``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,13 @@ class Agreed:
 
     tasks: list[str]
     seed: int | None
+
+    @classmethod
+    def of(cls, tasks: Sequence[str], seed: int | None, processes: Processes | None) -> Agreed:
+        """Before the step is read. Several processes tell each other their seeds first; dynamo cannot ask for one."""
+        if seed is None and processes is None and not torch.compiler.is_compiling():
+            seed = torch.initial_seed()
+        return cls([*tasks], seed)
 
 
 @dataclass
