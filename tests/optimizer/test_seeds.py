@@ -11,13 +11,6 @@ from mtlweight._statistics import Given
 from tests.optimizer.problems import Problem, own, same, step, wrap
 
 
-@pytest.fixture(autouse=True)
-def _torchs_seed():
-    before = torch.get_rng_state()
-    yield
-    torch.set_rng_state(before)
-
-
 def weights_of(optimizer, p, steps=3):
     found = []
     for k in range(steps):
