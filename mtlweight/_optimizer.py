@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mtlweight._checkpoint import KEY, expect_loadable, restore, saved
+from mtlweight._checks import expect_choice, expect_kind
 from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._report import Report
 from mtlweight._statistics import Given, all_finite, tensors_of
@@ -156,14 +157,16 @@ class MultiTaskOptimizer(Optimizer):
         process_group: Any = "default",
     ) -> None:
         # Optimizer.__init__ is not called: through the properties below it would wipe the wrapped optimizer's state.
-        _expect("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
-        _expect("weighting", weighting, Weighting, "a weighting such as UW()")
-        _expect("model", model, (nn.Module, type(None)), "a torch.nn.Module")
-        _expect("seed", None if type(seed) is int else seed, type(None), "an int, or None for torch's seed")
-        _choice("engine", engine, ENGINES)
-        _choice("heads", heads, ("weighted", "unweighted"))
-        _choice("on_nonfinite", on_nonfinite, ("raise", "skip", "drop"))
-        _expect("penalty", penalty, (Callable, type(None)), "bound to a selector, such as Invariance().on(selector)")
+        expect_kind("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        expect_kind("weighting", weighting, Weighting, "a weighting such as UW()")
+        expect_kind("model", model, (nn.Module, type(None)), "a torch.nn.Module")
+        expect_kind("seed", None if type(seed) is int else seed, type(None), "an int, or None for torch's seed")
+        expect_choice("engine", engine, ENGINES)
+        expect_choice("heads", heads, ("weighted", "unweighted"))
+        expect_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "drop"))
+        expect_kind(
+            "penalty", penalty, (Callable, type(None)), "bound to a selector, such as Invariance().on(selector)"
+        )
         if shared is None and heads == "unweighted":
             raise MTLWeightError(
                 "heads='unweighted' tells heads from shared parameters: expected shared=..., found None. Pass the "
@@ -527,17 +530,3 @@ _PARTS = ("step", "state_dict", "load_state_dict")
 _HOOKS = [f"_optimizer_{part}_{when}_hooks" for part in _PARTS for when in ("pre", "post")]
 for _name in ("param_groups", "state", "defaults", *_HOOKS):
     setattr(MultiTaskOptimizer, _name, _forward(_name, f"The wrapped optimizer's ``{_name}``."))
-
-
-def _expect(name: str, value: Any, kind: Any, words: str) -> None:
-    if not isinstance(value, kind):
-        raise MTLWeightError(
-            f"MultiTaskOptimizer: expected {name} to be {words}, found {type(value).__name__}. See its docstring."
-        )
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise MTLWeightError(
-            f"MultiTaskOptimizer: expected {name} to be one of {', '.join(choices)}; found {value!r}. Choose one."
-        )
