@@ -164,9 +164,7 @@ class MultiTaskOptimizer(Optimizer):
         expect_choice("engine", engine, ENGINES)
         expect_choice("heads", heads, ("weighted", "unweighted"))
         expect_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "drop"))
-        expect_kind(
-            "penalty", penalty, (Callable, type(None)), "bound to a selector, such as Invariance().on(selector)"
-        )
+        expect_kind("penalty", penalty, (Callable, type(None)), "bound to a selector, such as Balance().on(selector)")
         if shared is None and heads == "unweighted":
             raise MTLWeightError(
                 "heads='unweighted' tells heads from shared parameters: expected shared=..., found None. Pass the "
