@@ -1,4 +1,4 @@
-"""Checks of what methods and combinators are given."""
+"""Checks of what methods, combinators and the optimizer are given."""
 
 from __future__ import annotations
 
@@ -48,3 +48,26 @@ def nonnegative(name: str, view: View, losses: Tensor | None = None, what: str =
             "lower bound, or use a weighting that accepts negative losses."
         )
     return losses
+
+
+def expect_kind(name: str, value: Any, kind: Any, words: str) -> None:
+    """Raises if an argument of the optimizer is of another kind.
+
+    Args:
+        name: the argument.
+        value: as the user gave it.
+        kind: the types allowed.
+        words: what messages call them.
+    """
+    if not isinstance(value, kind):
+        raise MTLWeightError(
+            f"MultiTaskOptimizer: expected {name} to be {words}, found {type(value).__name__}. See its docstring."
+        )
+
+
+def expect_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises if an argument of the optimizer is none of the names that it may be."""
+    if value not in choices:
+        raise MTLWeightError(
+            f"MultiTaskOptimizer: expected {name} to be one of {', '.join(choices)}; found {value!r}. Choose one."
+        )

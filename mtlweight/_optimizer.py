@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtlweight._checkpoint import KEY, VERSION, expect_loadable, signature
+from mtlweight._checkpoint import KEY, expect_loadable, restore, saved
+from mtlweight._checks import expect_choice, expect_kind
 from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._report import Report
 from mtlweight._statistics import Given, all_finite, tensors_of
@@ -25,6 +26,7 @@ from mtlweight._weighting import Level, Weighting, evaluate
 from mtlweight.engines import (
     ENGINES,
     Accumulation,
+    Agreed,
     Batch,
     Capture,
     Hidden,
@@ -57,6 +59,8 @@ class _Pending:
     report: Report | None
     tasks: tuple[str, ...]
     memory: State
+    seed: int | None
+    uses: Counter[str]
     dropped: tuple[str, ...] = ()
     skip: bool = False
     hidden: Hidden = field(default_factory=list)
@@ -103,7 +107,7 @@ class _Record:
     engine: str
     heads: str
     on_nonfinite: str
-    seed: int
+    seed: int | None
     penalty: Penalty | None = None
     outer: list[nn.Module | Tensor] = field(default_factory=list)
     processes: Processes | None = None
@@ -172,7 +176,8 @@ class MultiTaskOptimizer(Optimizer):
         on_nonfinite: what to do if a loss or a gradient is not finite: ``"raise"``; ``"skip"`` the step; or ``"drop"``
             the task from this batch, and skip the step where no single task is to blame: a bad gradient has a task's
             name only if the weighting reads gradients. Skipped and dropped are counted in :attr:`report`.
-        seed: seed of random weightings, together with the step.
+        seed: seed of random weightings, together with the step. Default ``None``: torch's, ``torch.initial_seed()`` at
+            the first :meth:`combine`; of several processes the first one's.
         penalty: an objective beside the losses that no weighting weighs: a function of the losses (with their graph),
             the view and ``environments``, that returns a scalar with a graph; such as
             ``mtlweight.causal.Invariance().on(selector)``.
@@ -197,19 +202,20 @@ class MultiTaskOptimizer(Optimizer):
         engine: str = "auto",
         heads: Literal["weighted", "unweighted"] = "weighted",
         on_nonfinite: Literal["raise", "skip", "drop"] = "raise",
-        seed: int = 0,
+        seed: int | None = None,
         penalty: Penalty | None = None,
         outer: Parts | None = None,
         process_group: Any = "default",
     ) -> None:
         # Optimizer.__init__ is not called: through the properties below it would wipe the wrapped optimizer's state.
-        _expect("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
-        _expect("weighting", weighting, Weighting, "a weighting such as UW()")
-        _expect("model", model, (nn.Module, type(None)), "a torch.nn.Module")
-        _choice("engine", engine, ENGINES)
-        _choice("heads", heads, ("weighted", "unweighted"))
-        _choice("on_nonfinite", on_nonfinite, ("raise", "skip", "drop"))
-        _expect("penalty", penalty, (Callable, type(None)), "bound to a selector, such as Invariance().on(selector)")
+        expect_kind("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        expect_kind("weighting", weighting, Weighting, "a weighting such as UW()")
+        expect_kind("model", model, (nn.Module, type(None)), "a torch.nn.Module")
+        expect_kind("seed", None if type(seed) is int else seed, type(None), "an int, or None for torch's seed")
+        expect_choice("engine", engine, ENGINES)
+        expect_choice("heads", heads, ("weighted", "unweighted"))
+        expect_choice("on_nonfinite", on_nonfinite, ("raise", "skip", "drop"))
+        expect_kind("penalty", penalty, (Callable, type(None)), "bound to a selector, such as Balance().on(selector)")
         if shared is None and heads == "unweighted":
             raise MTLWeightError(
                 "heads='unweighted' tells heads from shared parameters: expected shared=..., found None. Pass the "
@@ -335,7 +341,7 @@ class MultiTaskOptimizer(Optimizer):
         start = r.pending if r.accumulation.continues else None
         if start is None and r.closure is None:
             self._notice_uncommitted()
-        start = start or _Pending(r.state, None, r.tasks, r.memory)
+        start = start or _Pending(r.state, None, r.tasks, r.memory, r.seed, r.uses)
         r.pending = None
         if environments is not None and r.penalty is None:
             raise MTLWeightError(
@@ -353,7 +359,6 @@ class MultiTaskOptimizer(Optimizer):
         batch: Batch | None = None
         try:
             batch = read(losses, reference, plan)
-            tasks = tuple(dict.fromkeys((*start.tasks, *batch.tasks)))
             while True:
                 if not batch.tasks:
                     return self._skip(start, dropped, batch)
@@ -387,7 +392,8 @@ class MultiTaskOptimizer(Optimizer):
         report = Report(
             r.step + 1, earlier=start.report, weights=weights, objective=objective, notes=view.notes, **measured
         )
-        r.pending = _Pending(state, report, tasks, plan.memory, start.dropped + dropped, start.skip, plan.hidden)
+        tasks, seed, gone = tuple(plan.agreed.tasks), plan.agreed.seed, start.dropped + dropped
+        r.pending = _Pending(state, report, tasks, plan.memory, seed, plan.uses, gone, start.skip, plan.hidden)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
         r.pending.parameters, r.pending.gradients, r.cleared = *self._marks(), False
@@ -523,15 +529,7 @@ class MultiTaskOptimizer(Optimizer):
         A bare optimizer of the wrapped class loads it too. It loads with ``torch.load(weights_only=True)``.
         """
         r = self._record
-        own = {
-            "version": VERSION,
-            "weighting": signature(r.weighting),
-            "seed": r.seed,
-            "step": r.step,
-            "tasks": [*r.tasks],
-        }
-        own.update(skipped=r.skipped, dropped=dict(r.dropped), state=r.state, memory=r.memory)
-        return {**r.optimizer.state_dict(), KEY: own}
+        return {**r.optimizer.state_dict(), KEY: saved(r)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state dict of this class, or one of a bare optimizer of the wrapped class (with a warning).
@@ -547,10 +545,9 @@ class MultiTaskOptimizer(Optimizer):
         r.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         if own is None:
             warnings.warn(f"The state dict has no key {KEY!r}: the weighting starts afresh.", stacklevel=2)
-            own = {"seed": r.seed, "step": 0, "tasks": [], "skipped": 0, "dropped": {}, "state": None, "memory": {}}
-        r.seed, r.step, r.tasks = own["seed"], own["step"], tuple(own["tasks"])
-        r.state, r.memory, r.pending, r.report = own["state"], own["memory"], None, Report(step=r.step)
-        r.skipped, r.dropped = own["skipped"], Counter(own["dropped"])
+            own = {"step": 0, "tasks": [], "skipped": 0, "dropped": {}, "state": None, "memory": {}}
+        restore(r, own)
+        r.pending, r.report = None, Report(step=r.step)
         r.accumulation.restart()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -581,6 +578,8 @@ class MultiTaskOptimizer(Optimizer):
     def _plan(self, start: _Pending, mask: Any = None, *, ordinary: bool = False, needs: Needs | None = None) -> Plan:
         r = self._record
         outer = parameters(r.outer)
+        processes = None if r.processes is None else r.processes.active
+        agreed = Agreed.of(start.tasks, start.seed, processes)
         return Plan(
             weighting=r.weighting,
             use=r.weighting.reference,
@@ -594,16 +593,16 @@ class MultiTaskOptimizer(Optimizer):
             optimizer=r.optimizer,
             modules=self._modules(),
             capture=r.capture,
-            tasks=start.tasks,
+            agreed=agreed,
             mask=mask,
             hidden=start.hidden,
             memory={**start.memory},
             state=start.state,
-            view=lambda batch: View(batch, step=r.step, seed=r.seed),
-            processes=None if r.processes is None else r.processes.active,
+            view=lambda batch: View(batch, step=r.step, seed=agreed.seed),
+            processes=processes,
             stamp={"step": r.step, "seed": r.seed, "tasks": r.tasks},
             broken=r.broken,
-            uses=r.uses,
+            uses=Counter(start.uses),
             warn=self._fall_back,
         )
 
@@ -680,12 +679,16 @@ class MultiTaskOptimizer(Optimizer):
         if skipped:
             r.skipped += 1
             return
-        r.state, r.memory, r.tasks = pending.state, pending.memory, pending.tasks
-        r.report, r.step = pending.report or r.report, r.step + 1
+        r.state, r.memory, r.tasks, r.seed = pending.state, pending.memory, pending.tasks, pending.seed
+        r.report, r.uses, r.step = pending.report or r.report, pending.uses, r.step + 1
         if pending.observe is not None and pending.state is not None:
-            with full_precision():
-                view = View(pending.observe(), step=r.step - 1, seed=r.seed)
-                seen = r.weighting.observe(view, pending.state) if view.losses.isfinite().all() else None
+            try:
+                with full_precision():
+                    view = View(pending.observe(), step=r.step - 1, seed=r.seed)
+                    seen = r.weighting.observe(view, pending.state) if view.losses.isfinite().all() else None
+            except Exception:  # whatever it is, the step was taken, and all else of it is committed
+                r.fallbacks["the losses after the step could not be evaluated: not observed"] += 1
+                raise
             if seen is not None and all_finite(list(tensors_of(seen))):
                 r.state = seen
             else:
@@ -777,17 +780,3 @@ _PARTS = ("step", "state_dict", "load_state_dict")
 _HOOKS = [f"_optimizer_{part}_{when}_hooks" for part in _PARTS for when in ("pre", "post")]
 for _name in ("param_groups", "state", "defaults", *_HOOKS):
     setattr(MultiTaskOptimizer, _name, _forward(_name, f"The wrapped optimizer's ``{_name}``."))
-
-
-def _expect(name: str, value: Any, kind: Any, words: str) -> None:
-    if not isinstance(value, kind):
-        raise MTLWeightError(
-            f"MultiTaskOptimizer: expected {name} to be {words}, found {type(value).__name__}. See its docstring."
-        )
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise MTLWeightError(
-            f"MultiTaskOptimizer: expected {name} to be one of {', '.join(choices)}; found {value!r}. Choose one."
-        )

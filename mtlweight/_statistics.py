@@ -147,6 +147,7 @@ class Given:
         jacobian: ``[m, n]``; or ``[m, b, n]``, one row a sample, which weightings per sample can weigh.
         alignment: ``[m]`` or ``[m, b]``.
         tasks: names of the rows, ``"0"``, ``"1"``, ... if left out.
+        known: all tasks that have a place, in order; those of the rows if left out.
         shares: ``[m, b]``, the coefficients of the means; ``1 / b`` if left out.
 
     Raises:
@@ -161,6 +162,7 @@ class Given:
         jacobian: Tensor | None = None,
         alignment: Tensor | None = None,
         tasks: tuple[str, ...] | None = None,
+        known: tuple[str, ...] | None = None,
         shares: Tensor | None = None,
     ) -> None:
         self._shares = shares
@@ -190,6 +192,7 @@ class Given:
             )
         first = next(iter(self._given.values()))
         self.tasks = tasks or tuple(map(str, range(len(first))))
+        self.known = known or self.tasks
         self.device = first.device
         self.dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
 

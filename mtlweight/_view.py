@@ -36,11 +36,14 @@ class Source(Protocol):
 
     ``coefficients`` is ``None`` for the tasks' own losses (a ``[b]`` loss counts by its mean), or ``[m, b]`` for the
     totals ``Σ_i c[t, i] ℓ[t, i]``. Losses, Gramian and alignment come in ``statistics_dtype``. ``shares``, ``[m, b]``,
-    are the coefficients of the means; they are asked for only if losses or alignments come per sample.
+    are the coefficients of the means; they are asked for only if losses or alignments come per sample. ``known`` names
+    all tasks that have a place, in order; ``tasks`` those of the rows.
     """
 
     @property
     def tasks(self) -> tuple[str, ...]: ...
+    @property
+    def known(self) -> tuple[str, ...]: ...
     @property
     def device(self) -> torch.device: ...
     def losses(self) -> Tensor: ...
@@ -65,17 +68,22 @@ class View:
     Args:
         source: where the values come from.
         step: number of committed steps before this one.
-        seed: seed of :attr:`generator`, together with ``step``.
+        seed: seed of :attr:`generator`, together with ``step``. Default ``None``: torch's, ``torch.initial_seed()``.
         needs: what may be read; anything else raises.
 
     Attributes:
-        tasks: names of the tasks present in this batch, in the order of the rows.
+        tasks: names of the tasks present in this batch, in the order of the rows, which is that of their places.
+        known: names of all tasks that have a place, in order; absent ones too. A task gets its place when it is first
+            mentioned, as a key of the mapping or a row of the tensor, whether or not it has a loss or a label then. It
+            keeps it: in later batches, in micro-batches, in all processes, after a resume.
         step: number of committed steps before this one.
         notes: named tensors for ``optimizer.report``; write with :meth:`note`.
     """
 
-    def __init__(self, source: Source, *, step: int = 0, seed: int = 0, needs: Needs = ~Needs.NOTHING) -> None:
-        self.tasks = source.tasks
+    def __init__(
+        self, source: Source, *, step: int = 0, seed: int | None = None, needs: Needs = ~Needs.NOTHING
+    ) -> None:
+        self.tasks, self.known = source.tasks, source.known
         self.step = step
         self._source = source
         self._seed = seed
@@ -85,6 +93,11 @@ class View:
         self._samples: Tensor | None = None
         self._factors: Tensor | None = None
         self._entries: Tensor | None = None
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The place of each present task among :attr:`known`: what belongs to a task by position is looked up here."""
+        return tuple([self.known.index(task) for task in self.tasks])
 
     @property
     def device(self) -> torch.device:
@@ -149,10 +162,15 @@ class View:
 
     @property
     def generator(self) -> torch.Generator:
-        """Random numbers seeded from ``(seed, step)``: the same on all ranks, and nothing to save."""
+        """Random numbers seeded from ``(seed, step)``: the same on all ranks, and nothing to save.
+
+        Draw one number for each of :attr:`known` and take those at :attr:`places`, so that a draw belongs to a task,
+        whoever is absent.
+        """
         if self._shared.generator is None:
+            seed = torch.initial_seed() if self._seed is None else self._seed
             # A multiplication by an odd constant, modulo 2^64, keeps neighbouring steps and seeds apart.
-            mixed = (self._seed * 0x9E3779B97F4A7C15 + self.step * 0xD1342543DE82EF95) % (1 << 63)
+            mixed = (seed * 0x9E3779B97F4A7C15 + self.step * 0xD1342543DE82EF95) % (1 << 63)
             self._shared.generator = torch.Generator(self.device).manual_seed(mixed)
         return self._shared.generator
 
@@ -184,7 +202,7 @@ class View:
 
     def of(self, source: Source) -> View:
         """The same view of another batch, such as this process's part of one."""
-        return self._with(_source=source, tasks=source.tasks)
+        return self._with(_source=source, tasks=source.tasks, known=source.known)
 
     def scaled(self, weights: Tensor, writes: str | None = None) -> View:
         """The view of the weighted problem: losses, rows and alignment times ``weights``, Gramian ``w G wᵀ``.

@@ -195,6 +195,8 @@ class Weighting(ABC):
     ) -> Tensor:
         """Weights from given statistics and a fresh state: for tests, notebooks and people without the optimizer.
 
+        Random ones follow torch's seed, and draw none of its numbers.
+
         Args:
             losses: ``[m]`` or ``[m, b]``.
             gramian: ``[m, m]``; computed from ``jacobian`` if left out.

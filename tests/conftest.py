@@ -25,6 +25,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
 
+def pytest_runtest_setup():
+    """Random weightings follow torch's seed: each test begins with the same one, whatever ran before."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_finish():
     """Ten thousand tests and torch's modules live to the end: the garbage collector need not look at them each time."""
     gc.collect()

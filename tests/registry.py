@@ -110,11 +110,6 @@ def inverse_loss(view):
     return 1 / view.losses
 
 
-BY_POSITION = {
-    "permutes": "the weights are given by position: [2, 0.5] for losses [1, 1] in any order",
-    "absent_tasks": "weights by position cannot say which task is absent; it raises, and asks for a mapping",
-}
-
 CASES = [
     # One weighting a row: the paper's defaults, then what turns another branch on.
     Case(Constant(), oracle=constant.weights),
@@ -123,7 +118,6 @@ CASES = [
         Constant([2.0, 0.5]),
         tasks=(2,),
         oracle=partial(constant.weights, weights=[2.0, 0.5]),
-        expected_failures=BY_POSITION,
     ),
     Case(Constant({"0": 2.0, "1": -0.5}), tasks=(1, 2)),
     Case(DWA(), oracle=dwa.weights),
@@ -208,11 +202,7 @@ CASES = [
     Case(GradVac(0.5), oracle=partial(gradvac.weights, rate=0.5)),
     Case(Krum(), oracle=krum.weights),
     Case(Krum(2, selected=3), tasks=(8,), oracle=partial(krum.weights, faulty=2, selected=3)),
-    Case(
-        PCD(),
-        oracle=pcd.weights,
-        expected_failures={"permutes": "without a name the main task is the first one, in whatever order"},
-    ),
+    Case(PCD(), oracle=pcd.weights),
     Case(PCD("0", progress=0.5, decay=0.5), oracle=partial(pcd.weights, progress=0.5, decay=0.5)),
     Case(PCD("1", progress=0.0), tasks=(2, 3, 8), oracle=partial(pcd.weights, main=1, progress=0.0)),
     Case(CRMOGM()),  # MGDA may give other weights than its oracle, for the same step

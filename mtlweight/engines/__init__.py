@@ -6,7 +6,7 @@ from mtlweight.engines._batch import Batch
 from mtlweight.engines._blame import Hidden, bad_gradient
 from mtlweight.engines._losses import deferred
 from mtlweight.engines._parts import Parts, parameters, parts
-from mtlweight.engines._plan import ENGINES, Plan
+from mtlweight.engines._plan import ENGINES, Agreed, Plan
 from mtlweight.engines._precision import full_precision
 from mtlweight.engines._processes import Processes, local
 from mtlweight.engines._read import read
@@ -15,6 +15,7 @@ from mtlweight.engines.features import Capture
 __all__ = [
     "ENGINES",
     "Accumulation",
+    "Agreed",
     "Batch",
     "Capture",
     "Hidden",

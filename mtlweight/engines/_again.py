@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mtlweight._errors import MTLWeightError
 from mtlweight._statistics import Given
 from mtlweight.engines import _losses
 from mtlweight.engines._processes import Layout
@@ -17,10 +20,14 @@ if TYPE_CHECKING:
 
 
 def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """A function that puts the modules' buffers and torch's random state back to what they are now."""
+    """A function that puts the modules' buffers and the global random states back to what they are now.
+
+    These are torch's, Python's and numpy's. Generators that someone has made are not known here.
+    """
     owners = [owner for module in modules for owner in module.modules()]
     named = [(owner, name, buffer) for owner in owners for name, buffer in owner._buffers.items() if buffer is not None]
     buffers = [(owner, name, buffer, buffer.clone()) for owner, name, buffer in named]
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  # augmentations draw from it
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
@@ -28,6 +35,8 @@ def snapshot(modules: Iterable[nn.Module]) -> Callable[[], None]:
         with torch.no_grad():
             for owner, name, buffer, value in buffers:
                 setattr(owner, name, buffer.copy_(value))  # the module may have put another tensor in its place
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
@@ -58,34 +67,49 @@ def as_written(losses: Any) -> Any:
 
 
 def look_again(losses: Any, plan: Plan, rewind: Callable[[], None], tasks: tuple[str, ...]) -> Given:
-    """The losses of the same batch at the present parameters, without a graph.
+    """The losses of the same batch at the present parameters, evaluated as the first time, and then without a graph.
 
-    Dropout draws the masks that it drew the first time; afterwards buffers and random state are as before the call.
+    Random numbers are those of the first time; afterwards buffers and random states are as before the call.
 
     Args:
         losses: a callable that returns them, or a list of these, one a part of the batch.
         plan: its modules' buffers are restored.
-        rewind: puts the random state back to what it was before the first evaluation.
+        rewind: puts the random states back to what they were before the first evaluation.
         tasks: the tasks to keep.
+
+    Raises:
+        MTLWeightError: if one of these has no loss now.
     """
     in_parts = isinstance(losses, (list, tuple))
+    losses = as_written(losses) if plan.as_written else losses
     closures, plans = (losses, plan.split(len(losses))) if in_parts else ([losses], [plan])
+
+    def evaluated(closure: Callable[[], Any], each: Plan) -> dict[str, Tensor]:
+        return {task: loss.detach() for task, loss in each.named(closure(), graph=False).items()}
 
     def again() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         restore = snapshot(plan.modules)
         rewind()
         try:
-            with torch.no_grad():
-                parts = [each.named(closure(), graph=False) for closure, each in zip(closures, plans, strict=True)]
+            # As the first time: losses may have derivatives inside, and layers go other ways without gradients.
+            with torch.enable_grad():
+                parts = [evaluated(closure, each) for closure, each in zip(closures, plans, strict=True)]
         finally:
             restore()
         labelled = [each.labelled(part) for each, part in zip(plans, parts, strict=True)]
-        return _losses.join(parts), _losses.join(labelled)
+        return _losses.join(parts, plan.tasks), _losses.join(labelled, plan.tasks)
 
     if plan.processes is None:
         whole, labelled = again()
     else:
         mine, layout = Layout.of(plan, again, lambda found: found[0])
         whole, labelled = layout.masked(*mine)
+    missing = [task for task in tasks if task not in whole]
+    if missing:
+        raise MTLWeightError(
+            f"{plan.name} looks at the losses again after the step: expected those of the same tasks, found none of "
+            f"{', '.join(missing)}. Take the data outside the callable: lambda batch=batch: losses(model, batch)."
+        )
     stacked = _losses.stack({task: whole[task] for task in tasks})
-    return Given(losses=stacked, tasks=tasks, shares=_losses.shares(stacked, tasks, labelled))
+    shares = _losses.shares(stacked, tasks, labelled)
+    return Given(losses=stacked, tasks=tasks, known=tuple(plan.tasks), shares=shares)

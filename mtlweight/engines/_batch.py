@@ -59,6 +59,11 @@ class Batch:
         return tuple(self._losses)
 
     @property
+    def known(self) -> tuple[str, ...]:
+        """All tasks that have a place, in order."""
+        return tuple(self._plan.tasks)
+
+    @property
     def graphs(self) -> Mapping[str, Tensor]:
         """The present tasks' losses with their graph."""
         return self._losses

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,13 @@ def named(
     masks: Masks | None = None,
     empty: bool = False,
     hidden: Hidden | None = None,
-) -> dict[str, Tensor]:
-    """The present tasks' losses by name, all scalars or all ``[b]``.
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The present tasks' losses by name, all scalars or all ``[b]``, and all tasks with a place, in the order of both.
 
     Args:
         losses: mapping from task name to a scalar or ``[b]`` tensor, or to ``None`` for an absent task; or a tensor
             ``[m]`` or ``[m, b]``, whose tasks are called ``"0"``, ``"1"``, ...
-        known: the tasks that the state knows already; a tensor must have exactly these.
+        known: the tasks that have a place already; a tensor must have exactly these.
         graph: whether each loss must have a graph.
         masks: where there is no label the loss becomes 0; a task without any label is absent.
         empty: keep such a task all the same.
@@ -113,7 +113,8 @@ def named(
             present[task] = torch.where(mask.to(present[task].device), present[task], torch.zeros_like(present[task]))
             if not empty and not mask.any():
                 del present[task]
-    return present
+    places = placed(known, [list(losses)])
+    return {task: present[task] for task in places if task in present}, places
 
 
 def masks(mask: Any) -> dict[str, Tensor]:
@@ -154,21 +155,34 @@ def shares(losses: Tensor, tasks: Sequence[str], masks: Masks) -> Tensor | None:
     return labelled / labelled.sum(dim=1, keepdim=True)
 
 
-def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def placed(known: Sequence[str], mentioned: Iterable[Sequence[str]]) -> list[str]:
+    """The tasks in the order of their places: those that have one, then the new ones.
+
+    Args:
+        known: tasks with a place, in order.
+        mentioned: the tasks that each part of a batch mentions. New ones come in the order that they would have in the
+            whole batch, also where the first part lacks one.
+    """
+    new: list[str] = []
+    for tasks in mentioned:
+        place = len(new)
+        for task in reversed([task for task in tasks if task not in known]):
+            if task not in new:
+                new.insert(place, task)
+            place = new.index(task)
+    return [*known, *new]
+
+
+def join(parts: Sequence[Mapping[str, Tensor]], places: Sequence[str]) -> dict[str, Tensor]:
     """One ``[b]`` tensor a task over all parts of a batch: zeros in the parts where the task is absent.
 
     Args:
         parts: one ``[b]`` tensor a task, of one length within each part. A single part is returned as it is.
+        places: all tasks, in order.
     """
     parts = [part for part in parts if part]
     zeros = [torch.zeros_like(next(iter(part.values()))) for part in parts]
-    tasks: list[str] = []  # in the order that they would have in the whole batch, also where the first part lacks one
-    for part in parts:
-        place = 0
-        for task in part:
-            if task not in tasks:
-                tasks.insert(place, task)
-            place = tasks.index(task) + 1
+    tasks = [task for task in places if any(task in part for part in parts)]
     rows = {t: [part.get(t, zero) for part, zero in zip(parts, zeros, strict=True)] for t in tasks}
     return {task: row[0] if len(row) == 1 else torch.cat(row) for task, row in rows.items()}
 

@@ -56,6 +56,7 @@ class MicroBatches(Batch):
             part = evaluated(closure, reference, each) if compare else Batch(each.named(closure()), each)
             losses.append({task: loss.detach() for task, loss in part._losses.items()})
             aligned.append((part._aligned or part._align()) if compare and part.tasks else {})
+        plan.agreed.tasks = _losses.placed(plan.tasks, [each.tasks for each in self._plans])
         some = next((row for part in losses for row in part.values()), torch.zeros(0))
         rows = [next(iter(part.values()), some.new_zeros(0)) for part in losses]  # a part may have no task at all
         if any(row.ndim == 0 for row in rows):
@@ -65,8 +66,10 @@ class MicroBatches(Batch):
             )
         self._sizes = [len(row) for row in rows]
         present = [each.labelled(part) for each, part in zip(self._plans, losses, strict=True)]
-        whole = replace(plan, mask=_losses.join(present))
-        super().__init__(_losses.join(losses), whole, reference, _losses.join(aligned) if compare else alignment)
+        whole = replace(plan, mask=_losses.join(present, plan.tasks))
+        if compare:
+            alignment = _losses.join(aligned, plan.tasks)
+        super().__init__(_losses.join(losses, plan.tasks), whole, reference, alignment)
 
     def without(self, tasks: Sequence[str]) -> Batch:
         """The batch as if these tasks were absent."""
@@ -123,6 +126,13 @@ class MicroBatches(Batch):
         return self._with_learnt(inject_known(value, [*total.items()]), value)
 
     @torch.enable_grad()  # weigh runs without gradients, measuring needs them
+    def _align(self) -> dict[str, Tensor]:
+        """Of a weighting that compares though it had not announced it for this step."""
+        pairs = zip(self._again(), self._plans, strict=True)
+        aligned = [Batch(part, plan, self._reference)._align() if part else {} for part, plan in pairs]
+        return _losses.join(aligned, self.tasks)
+
+    @torch.enable_grad()  # as above
     def _measure(
         self, inputs: list[Tensor], coefficients: Tensor | None, engine: str, keep_graph: bool | None = None
     ) -> Rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,26 @@ ENGINES = ("auto", "rows", "batched", "features", "forward", "pullback", "sample
 
 
 @dataclass
+class Agreed:
+    """What all evaluations of a step, all parts of its batch and all processes agree on while they read it.
+
+    Args:
+        tasks: those that have a place, in order. What the step mentions anew joins at the end.
+        seed: of the weighting's random numbers, if it is decided.
+    """
+
+    tasks: list[str]
+    seed: int | None
+
+    @classmethod
+    def of(cls, tasks: Sequence[str], seed: int | None, processes: Processes | None) -> Agreed:
+        """Before the step is read. Several processes tell each other their seeds first; dynamo cannot ask for one."""
+        if seed is None and processes is None and not torch.compiler.is_compiling():
+            seed = torch.initial_seed()
+        return cls([*tasks], seed)
+
+
+@dataclass
 class Plan:
     """What an engine has to know before a batch.
 
@@ -50,7 +70,7 @@ class Plan:
         optimizer: the wrapped optimizer, which may be asked for a step ahead.
         modules: modules that the user named and whose parameters the forward engine may swap.
         capture: records the shared representation, for the features engine.
-        tasks: the tasks that the committed state knows.
+        agreed: places of tasks, and the seed.
         mask: which samples have a label, as the user gave it.
         hidden: what the masks hide, for messages; it is filled as losses come.
         memory: what engines keep from step to step: a copy of the committed one, which becomes the next.
@@ -62,6 +82,8 @@ class Plan:
         uses: how often each engine has measured, and was confirmed with each operator.
         warn: called with an engine's name and the cause at each fallback; with ``wholly=False`` where the engine is not
             given up.
+        used: the engines that have measured something in this step.
+        as_written: whether the losses run without compiled code in this step.
     """
 
     weighting: Weighting
@@ -76,7 +98,7 @@ class Plan:
     optimizer: Optimizer
     modules: list[nn.Module]
     capture: features.Capture | None
-    tasks: tuple[str, ...]
+    agreed: Agreed
     mask: Any
     hidden: Hidden
     memory: dict[str, Any]
@@ -88,6 +110,12 @@ class Plan:
     uses: Counter[str]
     warn: Callable[..., None]
     used: list[str] = field(default_factory=list)
+    as_written: bool = False
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that have a place, in order."""
+        return self.agreed.tasks
 
     @property
     def name(self) -> str:
@@ -117,7 +145,7 @@ class Plan:
                 f"Losses in parts are masked in parts: expected a list of {max(count, 1)} masks (or none) beside as "
                 f"many callables, found {type(masks).__name__} beside {count}. Pass one mask a part."
             )
-        return [replace(self, mask=mask) for mask in masks]
+        return [replace(self, mask=mask, agreed=replace(self.agreed, tasks=[*self.tasks])) for mask in masks]
 
     def labelled(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Which samples of these tasks have a label."""
@@ -125,9 +153,19 @@ class Plan:
         return {t: self.masks.get(t, mask).to(mask.device) for t, mask in everyone.items()}
 
     def named(self, losses: Any, *, graph: bool = True) -> dict[str, Tensor]:
-        """The present tasks' losses by name, 0 where there is no label; other processes may have labels of a task."""
-        known, empty = self.tasks if graph else (), self.processes is not None
-        return _losses.named(losses, known, graph=graph, masks=self.masks, empty=empty, hidden=self.hidden)
+        """The present tasks' losses by name, 0 where there is no label; other processes may have labels of a task.
+
+        What they mention has a place from then on.
+        """
+        found, self.agreed.tasks = _losses.named(
+            losses,
+            self.tasks,
+            graph=graph,
+            masks=self.masks,
+            empty=self.processes is not None,
+            hidden=self.hidden,
+        )
+        return found
 
     @functools.cached_property
     def shared(self) -> list[Tensor] | None:

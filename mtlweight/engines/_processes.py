@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._statistics import statistics_dtype
+from mtlweight.engines import _losses
 
 if TYPE_CHECKING:
     from mtlweight.engines._plan import Plan
@@ -219,6 +220,17 @@ class Processes:
             )
 
 
+class _Said(NamedTuple):
+    """What a process tells of itself: ``stamp``, torch's seed, the tasks it has heard of, and what its losses are."""
+
+    stamp: Mapping[str, Any]
+    seed: int
+    tasks: list[str]
+    present: tuple[str, ...]
+    size: int | None
+    kinds: list[torch.dtype]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which process has which tasks, and how many samples.
@@ -245,6 +257,8 @@ class Layout:
     def of(cls, plan: Plan, work: Callable[[], T], losses: Callable[[T], Mapping[str, Tensor]]) -> tuple[T, Layout]:
         """Computes this process's losses and asks what the others have.
 
+        From then on tasks have the same places in all processes, and where no seed was given it is the first one's.
+
         Args:
             plan: names the processes, and what must be the same in all of them.
             work: computes the losses.
@@ -254,41 +268,45 @@ class Layout:
             MTLWeightError: in all processes, if it failed in one; if their stamps differ; or if losses come per sample
                 in some processes alone.
         """
-        processes, stamp = plan.processes, plan.stamp
+        processes, stamp, seed = plan.processes, plan.stamp, torch.initial_seed()
         assert processes is not None
         device = plan.trainable[0].device if plan.trainable else torch.device("cpu")
 
-        def tell(result: T) -> Any:
+        def tell(result: T) -> _Said:
             nonlocal device
             rows = losses(result)
             row = next(iter(rows.values()), None)
             device = device if row is None else row.device
             kinds = [row.dtype for row in rows.values()]
-            return stamp, tuple(rows), None if row is None or row.ndim == 0 else len(row), kinds
+            size = None if row is None or row.ndim == 0 else len(row)
+            return _Said(stamp, seed, plan.tasks, tuple(rows), size, kinds)
 
         result, told = processes.told(work, tell)
         for name, value in stamp.items():
-            values = [each[0][name] for each in told]
+            values = [said.stamp[name] for said in told]
             if any(other != value for other in values):
                 raise MTLWeightError(
                     f"The processes take different steps: expected the same {name} in all of them, found "
                     f"{', '.join(dict.fromkeys(map(str, values)))}. Make the optimizers and the calls alike, and load "
                     "a checkpoint in every process."
                 )
-        sizes = [size for _, names, size, _ in told if names]
+        agreed = plan.agreed
+        agreed.tasks = _losses.placed(stamp["tasks"], [said.tasks for said in told])
+        agreed.seed = told[0].seed if agreed.seed is None else agreed.seed
+        sizes = [said.size for said in told if said.present]
         if any(size is None for size in sizes) and any(size is not None for size in sizes):
             raise MTLWeightError(
                 "Expected losses of one kind in all processes, all scalars or all [b]; found both. Use the same "
                 "reduction everywhere."
             )
         dtype = torch.float32
-        for kind in (kind for *_, kinds in told for kind in kinds):
+        for kind in (kind for said in told for kind in said.kinds):
             dtype = torch.promote_types(dtype, kind)
         layout = cls(
             processes,
-            tuple(dict.fromkeys(task for _, names, _, _ in told for task in names)),
-            tuple((1 if size is None else size) if names else 0 for _, names, size, _ in told),
-            tuple(names for _, names, _, _ in told),
+            tuple(task for task in plan.tasks if any(task in said.present for said in told)),
+            tuple((1 if said.size is None else said.size) if said.present else 0 for said in told),
+            tuple(said.present for said in told),
             any(size is not None for size in sizes),
             dtype,
             device,

@@ -60,8 +60,8 @@ def _read(losses: Any, reference: Any, plan: Plan) -> Batch:
     # Where it is missing in some processes alone, these learn of it in the exchange of its gradient.
     expected = plan.processes is not None and (compared or bool(plan.outer))
     known = functools.cache(lambda: Reference(reference, plan)) if expected or reference is not None else None
-    if known is not None and compared and plan.alignment_engine in ("auto", "forward", "pullback"):
-        losses = as_written(losses)
+    plan.as_written = known is not None and compared and plan.alignment_engine in ("auto", "forward", "pullback")
+    losses = as_written(losses) if plan.as_written else losses
     if known is not None and compared and plan.use is not None and plan.use.lookahead is not None:
         return _look_ahead(losses, reference, known, plan)
     if known is not None and (compared or plan.outer):

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
+from mtlweight.gramian._orders import random_orders
 
 _VANISHED = 1e-14  # the squared relative length below which only rounding is left of a vector
 _STEEPEST = 1 - 1e-12  # a cosine of 1 would need infinitely much of the other gradient
@@ -75,13 +76,9 @@ class GradVac(Weighting):
         places, rows = self._table(view, state)
         targets = rows.gather(1, places.expand(m, m))
 
-        keys = torch.rand(m, m, dtype=gramian.dtype, device=gramian.device, generator=view.generator)
-        keys.fill_diagonal_(2.0)  # a task comes last in its own order, and is left out
-        orders = keys.argsort(dim=1)[:, : m - 1]
-
         # Row i: the turned g_i in terms of the gradients scaled to length one, in units of |g_i|.
         turned = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
-        for others in orders.unbind(dim=1):  # one other task for each row at a time
+        for others in random_orders(view).unbind(dim=1):  # one other task for each row at a time
             column = others[:, None]
             square = ((turned @ cosines) * turned).sum(dim=1)
             defined = (square > _VANISHED * turned.abs().sum(dim=1).square()) & alive & alive[others]

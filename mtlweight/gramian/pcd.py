@@ -38,7 +38,7 @@ class PCD(Weighting):
     zero. A zero gradient of another task asks for nothing and has weight 0.
 
     Args:
-        main: the name of the main task. Default ``None``: the first one of the first batch.
+        main: the name of the main task. Default ``None``: the one with the first place.
         progress: ``τ`` in ``[0, 1]``. Default 0.02, the official code's.
         decay: ``β`` in ``[0, 1)``. Default 0.999, the official code's.
         epsilon: added to ``v_i``. Default 0; the paper adds 1e-8, which makes gradients of about 1e-4 or less count
@@ -88,7 +88,7 @@ class PCD(Weighting):
 
     def init(self, view: View) -> State:
         """No history."""
-        main = self.main or view.tasks[0]
+        main = self.main or view.known[0]
         return {"main": {main: torch.ones((), dtype=view.dtype)}, "square": {}, "count": {}}
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
+from mtlweight.gramian._orders import random_orders
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,11 @@ class PCGrad(Weighting):
         """Coefficients of all projected gradients, summed."""
         gramian = view.gramian
         m = len(gramian)
-        keys = torch.rand(m, m, dtype=gramian.dtype, device=gramian.device, generator=view.generator)
-        keys.fill_diagonal_(2.0)  # a task comes last in its own order, and is left out
-        orders = keys.argsort(dim=1)[:, : m - 1]
-
         squares = gramian.diagonal()
         coefficients = torch.eye(
             m, dtype=gramian.dtype, device=gramian.device
         )  # row i: the projected g_i in terms of J
-        for others in orders.unbind(dim=1):  # one other task for each row at a time
+        for others in random_orders(view).unbind(dim=1):  # one other task for each row at a time
             conflict = (coefficients * gramian[others]).sum(dim=1).clamp(max=0)
             share = torch.where(squares[others] > 0, conflict / squares[others], 0.0)
             coefficients = coefficients.scatter_add(1, others[:, None], -share[:, None])

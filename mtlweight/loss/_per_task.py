@@ -13,7 +13,7 @@ from mtlweight._errors import MTLWeightError
 from mtlweight._view import View
 
 PerTask: TypeAlias = float | Sequence[float] | Mapping[str, float]
-"""One number for all tasks, one a task in the order of the losses, or a mapping from task name to number."""
+"""One number for all tasks, one a task in the order of their places, or a mapping from task name to number."""
 
 
 def numbers(values: PerTask) -> list[float]:
@@ -53,7 +53,7 @@ def row(name: str, what: str, values: PerTask, view: View) -> Tensor:
     """The present tasks' numbers, ``[m]``.
 
     Raises:
-        MTLWeightError: if a task has none, or a sequence has another length.
+        MTLWeightError: if a task has none, or a sequence has another length than there are tasks with a place.
     """
     tasks = view.tasks
     if isinstance(values, Mapping):
@@ -65,12 +65,14 @@ def row(name: str, what: str, values: PerTask, view: View) -> Tensor:
             )
         chosen = [values[task] for task in tasks]
     elif isinstance(values, Sequence):
-        if len(values) != len(tasks):
+        known = view.known
+        if len(values) != len(known):
             raise MTLWeightError(
-                f"{name}: expected {len(values)} tasks, one for each number in {what}, found {len(tasks)} "
-                f"({', '.join(tasks)}). Where tasks may be absent, give a mapping by name."
+                f"{name}: expected {len(values)} tasks, one for each number in {what}, found {len(known)} "
+                f"({', '.join(known)}). Give a mapping by name; or mention all tasks in the first batch, absent ones "
+                "with None."
             )
-        chosen = list(values)
+        chosen = [values[place] for place in view.places]
     else:
         chosen = [values] * len(tasks)
     return torch.tensor(chosen, dtype=view.dtype, device=view.device)

@@ -21,8 +21,8 @@ class Constant(Weighting):
     *Reads* nothing. *Writes* ``[m]``. *State* none. *Cost* none.
 
     Args:
-        weights: one number for all tasks, one a task in the order of the losses, or a mapping from each task's name
-            to its number. Default: 1, which makes ``Constant()`` the identity of ``>>``.
+        weights: one number for all tasks, one a task in the order of their places (that of the first batch), or a
+            mapping from each task's name to its number. Default: 1, which makes ``Constant()`` the identity of ``>>``.
 
     Raises:
         MTLWeightError: if a weight is not a finite number, or a task has none.

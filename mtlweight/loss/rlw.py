@@ -17,8 +17,9 @@ class RLW(Weighting):
 
     ``w = softmax(z)``, ``z_t ~ N(0, 1)`` independent.
 
-    *Reads* nothing but ``view.generator``: the draw depends on the seed and the step alone, so it is the same on all
-    ranks and after a resume. *Writes* ``[m]``, on the simplex. *State* none. *Cost* none.
+    *Reads* nothing but ``view.generator``: a task's draw depends on the seed, the step and its place alone, so it is
+    the same on all ranks, after a resume, and whoever is absent. *Writes* ``[m]``, on the simplex. *State* none. *Cost*
+    none.
 
     >>> RLW()(losses=torch.tensor([3.0, 0.5])).sum()
     tensor(1.)
@@ -33,5 +34,5 @@ class RLW(Weighting):
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """A softmax of standard normal draws."""
-        draws = torch.randn(len(view.tasks), dtype=view.dtype, device=view.device, generator=view.generator)
-        return draws.softmax(dim=0), state
+        draws = torch.randn(len(view.known), dtype=view.dtype, device=view.device, generator=view.generator)
+        return draws[list(view.places)].softmax(dim=0), state

@@ -31,6 +31,7 @@ class Problem:
         tasks: names of the rows.
         kind: the property that the gradients were built to have, for messages.
         after: the losses after the step, ``[m]``, for weightings that observe them.
+        known: all tasks that have a place, in order; those of the rows if left out.
     """
 
     losses: Tensor
@@ -39,6 +40,7 @@ class Problem:
     tasks: tuple[str, ...]
     kind: str = "given"
     after: Tensor | None = None
+    known: tuple[str, ...] | None = None
 
     @classmethod
     def given(cls, jacobian: Numbers, losses: Numbers | None = None, reference: Numbers | None = None) -> Problem:
@@ -90,12 +92,13 @@ class Problem:
         return replace(self, losses=times(self.losses), rows=times(self.rows), after=after)
 
     def taking(self, tasks: Sequence[int], samples: Sequence[int] | None = None) -> Problem:
-        """Some of the tasks, in the given order; of the samples too."""
+        """Some of the tasks, in the given order, each with its place; of the samples too."""
         losses, rows = self.losses[list(tasks)], self.rows[list(tasks)]
         if samples is not None:
             losses, rows = losses[:, list(samples)], rows[:, list(samples)]
         after = None if self.after is None else self.after[list(tasks)]
-        return replace(self, losses=losses, rows=rows, after=after, tasks=tuple(self.tasks[i] for i in tasks))
+        names, known = tuple(self.tasks[i] for i in tasks), self.known or self.tasks
+        return replace(self, losses=losses, rows=rows, after=after, tasks=names, known=known)
 
     def step(self, weights: Tensor) -> Tensor:
         """``Σ w · J`` over tasks, or over tasks and samples, ``[n]``."""
@@ -141,6 +144,7 @@ class Statistics:
     def __init__(self, problem: Problem, allowed: Needs = EVERYTHING) -> None:
         self.problem = problem
         self.tasks = problem.tasks
+        self.known = problem.known or problem.tasks
         self.device = problem.losses.device
         self.read = Needs.NOTHING
         self.values: dict[str, Tensor] = {}

@@ -17,9 +17,12 @@ from mtlweight import (
     L2RW,
     MGDA,
     OLAUX,
+    PCD,
     RLW,
+    STCH,
     UW,
     CAGrad,
+    Constant,
     GradDrop,
     GradientCosine,
     MultiTaskOptimizer,
@@ -235,6 +238,58 @@ def unlike(count, rank, device):
     other = Training(Run(UW(), options={"seed": rank}), count, rank, device=device)
     found["seeds"] = message(lambda: other.combine(0))
     return found
+
+
+class Turned(Training):
+    """Each process has the tasks in another order, anew in each step; the first has them as they are in the first."""
+
+    def losses(self, k):
+        found, turn = super().losses(k), 0 if self.rank is None else (k + 1) * self.rank + k
+        names = [*found][turn % len(found) :] + [*found][: turn % len(found)]
+        return {t: found[t] for t in (names[::-1] if turn % 2 else names)}
+
+
+TURNED = {
+    repr(w): Run(w, steps=3)
+    for w in (Constant([10.0, 1.0, 2.0]), STCH(preference=[1.0, 2.0, 3.0]), RLW(), PCGrad(), FAMO(), SLGrad("0"), PCD())
+}
+
+
+@scenario
+def turned(count, rank, device):
+    return {name: Turned(run, count, rank, device=device).train() for name, run in TURNED.items()}
+
+
+class Unlabelled(Training):
+    """Losses in a tensor: the last task has no label in the first batch, and never one in the first process."""
+
+    def combine(self, k):
+        mask = torch.ones(len(self.names), SAMPLES, dtype=torch.bool)
+        mask[-1, slice(None) if k == 0 else self.columns[0]] = False
+        reference = (lambda: self.reference(k)) if self.run.weighting.reference else None
+        return self.optimizer.combine(
+            lambda: torch.stack([*self.losses(k).values()]), reference=reference, mask=mask[:, self.own]
+        )
+
+
+UNLABELLED = {repr(w): Run(w, steps=3) for w in (Constant([1.0, 2.0, 3.0]), UW(), RLW(), MGDA(), SLGrad("0"))}
+
+
+@scenario
+def unlabelled(count, rank, device):
+    return {name: Unlabelled(run, count, rank, device=device).train() for name, run in UNLABELLED.items()}
+
+
+BY_TORCHS_SEED = Run(RLW(), steps=3, options={"seed": None})
+
+
+@scenario
+def seeded_by_torch(count, rank, device):
+    """Each process with a seed of its own, as loops with one seed a rank have it."""
+    torch.manual_seed(100 + (rank or 0))
+    found = Training(BY_TORCHS_SEED, count, rank, device=device).train()
+    given = Training(Run(RLW(), options={"seed": 3 if rank else None}), count, rank, device=device)
+    return found, message(lambda: given.combine(0))
 
 
 @scenario

@@ -12,7 +12,19 @@ import torch
 
 from mtlweight import MGDA, UW, MTLWeightError
 from tests.benchmarks import communication
-from tests.distributed.cases import ALONE, SCENARIOS, SHARDED, SPOILT, Singular, Spoilt, parity
+from tests.distributed.cases import (
+    ALONE,
+    SCENARIOS,
+    SHARDED,
+    SPOILT,
+    TURNED,
+    UNLABELLED,
+    Singular,
+    Spoilt,
+    Turned,
+    Unlabelled,
+    parity,
+)
 from tests.distributed.training import Run, Training
 from tests.optimizer.problems import DEVICES, Problem, same, same_numbers, wrap
 
@@ -162,6 +174,34 @@ def test_calls_that_differ_between_processes_raise_in_all(outcomes, count):
         assert "ference" in found["no reference in one"] or "none takes" in found["no reference in one"]
         assert "expected the same reference in all of them, found none, one" in found["a reference in one"]
         assert "expected the same seed in all of them, found 0, 1" in found["seeds"]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", TURNED)
+def test_a_task_has_the_same_place_in_all_processes_whatever_the_order_of_their_mappings(outcomes, count, name):
+    expected = Turned(TURNED[name], count).train()
+    first, *others = (found[name] for found in outcomes(count, "turned"))
+    close(first, expected)
+    assert first["tasks"] == ["0", "1", "2"]
+    for other in others:
+        assert same(other, first)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_a_row_without_any_label_at_first_has_its_place_in_all_processes(outcomes, count, name):
+    expected = Unlabelled(UNLABELLED[name], count).train()
+    for found in outcomes(count, "unlabelled"):
+        close(found[name], expected)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_where_no_seed_is_given_that_of_the_first_process_is_taken(outcomes, count):
+    with torch.random.fork_rng(devices=[]):
+        expected, _ = SCENARIOS["seeded_by_torch"](count, None, "cpu")
+    for found, heard in outcomes(count, "seeded_by_torch"):
+        close(found, expected)
+        assert "expected the same seed in all of them, found None, 3" in heard
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -74,7 +74,7 @@ class Training:
         p = self.model.parameters()
         inner = torch.optim.Adam(p, lr=0.05) if run.adam else torch.optim.SGD(p, lr=0.05, momentum=0.9)
         parts = {"encoder": self.model.encoder, "bias": [self.model.encoder[0].bias], "model": self.model}
-        options = {"shared": "encoder", "model": "model", **run.options}
+        options = {"shared": "encoder", "model": "model", "seed": 0, **run.options}
         options.update({name: parts[options[name]] for name in ("shared", "outer", "model") if name in options})
         self.optimizer = MultiTaskOptimizer(self.wrapped(inner), run.weighting, **options)
         self.forward = self.model

@@ -87,7 +87,7 @@ class PerSample:
 
     def __init__(self, losses, gradients, reference):
         self._losses, self._gradients, self._reference = losses, gradients, reference
-        self.tasks = tuple(map(str, range(len(losses))))
+        self.tasks = self.known = tuple(map(str, range(len(losses))))
 
     def losses(self):
         return self._losses

@@ -456,12 +456,12 @@ CASES = [
             rf"of another version: expected {VERSION}, found {version}\. Load",
             weighting=UW(),
         )
-        for which, version in (("an earlier", VERSION - 1), ("a later", VERSION + 1))
+        for which, version in (("an earlier", 1), ("a later", VERSION + 1))
     ),
     Case(
         "a checkpoint whose part of this library is something else",
-        lambda _, o: o.load_state_dict({**checkpoint_of(UW()), "mtlweight": 3}),
-        rf"of another version: expected {VERSION}, found 3\. Load",
+        lambda _, o: o.load_state_dict({**checkpoint_of(UW()), "mtlweight": 0}),
+        rf"of another version: expected {VERSION}, found 0\. Load",
         weighting=UW(),
     ),
     Case(

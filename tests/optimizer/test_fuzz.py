@@ -115,14 +115,14 @@ class ByHand:
             trainable = [p for p in self.parameters() if p.requires_grad]
             return lambda: self.add_zeros(trainable)
         losses = torch.stack([loss for task, loss in self.model.samples(k).items() if task in present])
-        given = {"losses": losses, "tasks": tuple(present), **self.measured(losses, k)}
+        given = {"losses": losses, "tasks": tuple(present), "known": TASKS, **self.measured(losses, k)}
         view = View(Given(**given), step=self.step_count, seed=SEED)
         weights, state = evaluate(self.weighting, view, self.state)
         self.pending = {
             "skip": False,
             "dropped": dropped,
             "state": state,
-            "tasks": tuple(dict.fromkeys((*self.tasks, *tasks))),
+            "tasks": TASKS,  # absent ones are mentioned
             "report": {"tasks": tuple(present), "weights": weights},
             "batch": (k, present),
         }
@@ -175,7 +175,7 @@ class ByHand:
             k, present = pending["batch"]
             with torch.no_grad():
                 after = torch.stack([loss for task, loss in self.model.samples(k).items() if task in present])
-            view = View(Given(losses=after, tasks=tuple(present)), step=self.step_count - 1, seed=SEED)
+            view = View(Given(losses=after, tasks=tuple(present), known=TASKS), step=self.step_count - 1, seed=SEED)
             self.state = self.weighting.observe(view, self.state)
 
     COUNTS = ("step_count", "state", "tasks", "skipped", "dropped")

@@ -1,8 +1,11 @@
 """Weightings that look at the same batch again after the step."""
 
 import copy
+import random
+import weakref
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -95,6 +98,174 @@ def test_dropout_draws_the_same_masks_in_the_second_look():
         assert values(state["before"]) == values(state["after"])  # lr = 0: only another mask could tell them apart
         seen.append(values(state["before"])["left"])
     assert len(set(seen)) == 3  # while each step has masks of its own
+
+
+DRAWS = {
+    "torch": lambda: float(torch.rand(())),
+    "Python": random.random,
+    "numpy": np.random.random_sample,
+}
+"""Global random numbers, as augmentations of data draw them."""
+
+
+def global_states():
+    return torch.get_rng_state().tolist(), random.getstate(), [*map(str, np.random.get_state())]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("source", DRAWS)
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_the_second_look_draws_the_global_random_numbers_of_the_first_wherever_they_come_from(source, in_parts):
+    p = Problem()
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(p.model.parameters(), lr=0.0), Looking())
+    drawn, seen = [], []
+
+    def noisy():
+        drawn.append(DRAWS[source]())
+        return {task: loss * (1 + drawn[-1]) for task, loss in p.samples().items()}
+
+    for _ in range(3):
+        step(optimizer, [noisy, noisy] if in_parts else noisy)
+        state = own(optimizer)["state"]
+        assert values(state["before"]) == values(state["after"])  # lr = 0: only other numbers could tell them apart
+        seen.append(values(state["before"])["left"])
+    assert len(set(seen)) == 3  # while each step has numbers of its own
+
+
+def test_after_the_second_look_all_global_random_numbers_go_on_as_after_one_evaluation():
+    p, q = Problem(), Problem()
+    optimizer, bare = MultiTaskOptimizer(p.sgd(), Looking()), q.sgd()
+
+    def noisy(problem):
+        return {task: loss * (1 + sum(draw() for draw in DRAWS.values())) for task, loss in problem.losses().items()}
+
+    ends = []
+    for train in (lambda: step(optimizer, lambda: noisy(p)), lambda: plain_step(bare, noisy(q))):
+        torch.manual_seed(3)
+        random.seed(3)
+        np.random.seed(3)  # noqa: NPY002
+        for _ in range(3):
+            train()
+        ends.append(global_states())
+    assert ends[0] == ends[1]
+    assert same(p.parameters(), q.parameters())
+
+
+def with_a_derivative(p, k=0):
+    """A physics-informed loss beside a plain one: it has a derivative inside."""
+    x, y = p.batch(k)
+    x.requires_grad_()
+    outputs = p.model(x)
+    (slope,) = torch.autograd.grad(outputs["left"].sum(), x, create_graph=True)
+    return {"left": slope.square().sum(dim=1).mean(), "right": (outputs["right"] - y["right"]).square().mean()}
+
+
+@pytest.mark.parametrize("each", [Looking(), FAMO()], ids=repr)
+def test_losses_with_derivatives_inside_are_looked_at_again(each):
+    p = Problem()
+    optimizer = wrap(p, each)
+    for k in range(2):
+        step(optimizer, lambda k=k: with_a_derivative(p, k))
+    assert optimizer.report.step == 2
+    if isinstance(each, Looking):
+        assert values(own(optimizer)["state"]["after"]) == pytest.approx(
+            {task: loss.item() for task, loss in with_a_derivative(p, 1).items()}, rel=1e-12
+        )
+
+
+def test_the_second_look_runs_the_code_that_the_first_one_ran():
+    """Layers may ask whether gradients are enabled, which mode they are in, and under which autocast."""
+    p, seen = Problem(), []
+    optimizer = wrap(p, Looking(), model=p.model)
+    p.model.encoder.eval()
+
+    def looking(_module, _args, output):
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), p.model.training, p.encoder.training
+        seen.append((*modes, torch.is_inference_mode_enabled(), output.requires_grad))
+
+    p.encoder.register_forward_hook(looking)
+    with torch.autocast("cpu", torch.bfloat16):
+        scalar = optimizer.combine(p.losses)
+    scalar.backward()
+    optimizer.step()
+    first, second = seen
+    assert first == second == (True, True, True, False, False, True)
+
+
+class Marked(torch.autograd.Function):
+    """Hangs an object into the graph, by which one can tell how long it lives."""
+
+    @staticmethod
+    def forward(ctx, x, alive):
+        ctx.kept = Problem()
+        alive.append(weakref.ref(ctx.kept))
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx, incoming):
+        return incoming, None
+
+
+def test_the_second_look_leaves_gradients_alone_and_frees_each_graph_before_the_next():
+    p, alive, counts = Problem(), [], []
+    optimizer = wrap(p, Looking())
+
+    def part():
+        counts.append(sum(each() is not None for each in alive))
+        return {task: Marked.apply(loss, alive) for task, loss in p.samples().items()}
+
+    optimizer.combine([part, part, part]).backward()
+    before = p.gradients()
+    del alive[:], counts[:]
+    optimizer.step()
+    assert counts == [0, 0, 0]
+    assert same(p.gradients(), before)
+
+
+class OutOfOrderError(Exception):
+    """Of the user's."""
+
+
+@pytest.mark.parametrize("each", [Looking(), FAMO(), DWA() >> Looking()], ids=repr)
+def test_an_error_in_the_second_look_is_raised_after_the_step_that_was_taken_has_been_committed(each):
+    p, q, calls = Problem(), Problem(), []
+    optimizer, other = wrap(p, each), wrap(q, each)
+
+    def failing():
+        calls.append(len(calls))
+        if len(calls) == 2:
+            random.random()
+            raise OutOfOrderError
+        return p.losses()
+
+    start = global_states()
+    scalar = optimizer.combine(failing)
+    scalar.backward()
+    pending = copy.deepcopy(optimizer._record.pending.state)
+    with pytest.raises(OutOfOrderError):
+        optimizer.step()
+    step(other, q.losses)
+    assert same(p.parameters(), q.parameters())  # it was taken
+    assert optimizer.report.step == own(optimizer)["step"] == 1
+    assert same(own(optimizer)["state"], pending)  # what was decided before the look
+    assert optimizer.report.fallbacks == {"the losses after the step could not be evaluated: not observed": 1}
+    assert global_states() == start
+    step(optimizer, lambda: p.losses(1))  # and goes on
+    assert optimizer.report.step == 2
+
+
+def test_a_second_look_that_finds_no_loss_of_a_task_says_so():
+    p, calls = Problem(), []
+    optimizer = wrap(p, FAMO())
+
+    def forgetful():
+        calls.append(0)
+        losses = p.losses()
+        return losses if len(calls) == 1 else {"left": losses["left"]}
+
+    optimizer.combine(forgetful).backward()
+    with pytest.raises(MTLWeightError, match=r"FAMO looks .* again .* same tasks, found none of right\. Take the data"):
+        optimizer.step()
+    assert optimizer.report.step == 1
 
 
 @pytest.mark.parametrize("each", [Looking() >> PCGrad(), DWA() >> Looking(), ema(Looking())], ids=repr)

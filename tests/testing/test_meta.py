@@ -186,8 +186,9 @@ class DrawsFromTheGlobalGenerator(Simple):
     traits = Traits(nonnegative=True, total=1.0, scale_degree=0, random=True)
 
     def weigh(self, view, state):
-        keep = torch.rand(len(view.tasks), generator=view.generator, dtype=view.dtype).softmax(0)
-        return ((keep + torch.rand(len(view.tasks)).softmax(0)) / 2 + 0 * view.gramian[0]).double(), state
+        keep = torch.rand(len(view.known), generator=view.generator, dtype=view.dtype).softmax(0)
+        drawn = (keep + torch.rand(len(view.known)).softmax(0))[list(view.places)]
+        return (drawn / drawn.sum() + 0 * view.gramian[0]).double(), state
 
 
 @breaks("state_of_tensors")
@@ -384,6 +385,15 @@ class FavoursTheFirstTask(Simple):
         weights = softened(view.gramian)
         weights[0] *= 2
         return weights / weights.sum(), state
+
+
+@breaks("permutes")
+class DrawsByRow(Simple):
+    traits = Traits(nonnegative=True, total=1.0, scale_degree=0, random=True)
+
+    def weigh(self, view, state):
+        drawn = torch.rand(len(view.tasks), generator=view.generator, dtype=view.dtype).softmax(0)
+        return drawn + 0 * view.gramian[0], state
 
 
 @breaks("claims_samples")

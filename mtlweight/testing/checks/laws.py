@@ -36,9 +36,11 @@ Oracle = Callable[[list[dict[str, Tensor]], list[torch.Generator]], list[Tensor]
 ``rows`` and ``alignment`` a step, and one generator a step; returns the weights of each step."""
 
 
-@registered(lambda weighting: not weighting.traits.random)
+@registered()
 def check_permutes(weighting: Weighting, *, tasks: Sequence[int] = TASKS) -> None:
-    """Permuting tasks, with their names, permutes the weights; permuting samples does too. Random ones are left out.
+    """Permuting the rows, each with its task's name and place, permutes the weights; permuting samples does too.
+
+    Samples of random weightings are left out: they may be drawn by position.
 
     Args:
         weighting: the weighting on trial.
@@ -52,7 +54,8 @@ def check_permutes(weighting: Weighting, *, tasks: Sequence[int] = TASKS) -> Non
         turn, steps = given
         m = len(steps[0].tasks)
         order = [(i + turn) % m for i in range(m)][:: -1 if m > 2 and turn > 3 else 1]
-        columns = [list(range(p.losses.shape[1]))[::-1] if per_sample(weighting) else None for p in steps]
+        reverses = per_sample(weighting) and not weighting.traits.random
+        columns = [list(range(p.losses.shape[1]))[::-1] if reverses else None for p in steps]
         moved = [problem.taking(order, samples) for problem, samples in zip(steps, columns, strict=True)]
         plain, found = play(fresh(weighting), steps), play(fresh(weighting), moved)
         for a, b, samples in zip(plain, found, columns, strict=True):
@@ -66,7 +69,8 @@ def check_permutes(weighting: Weighting, *, tasks: Sequence[int] = TASKS) -> Non
                     + ("." if samples is None else ", and the samples in reverse."),
                     f"{show(b.weights)}; in the given order they are {show(a.weights)}.",
                     f"treat all {alike} alike: no index of one means anything. Look a task's state up by name, with "
-                    "view.gather, and break ties by value.",
+                    "view.gather; what belongs to a task by position, and random numbers drawn for view.known, up at "
+                    "view.places; and break ties by value.",
                 )
 
     inputs = st.tuples(st.integers(1, 7), batches(weighting, tasks, kinds=tuple(arbitrary.KINDS)))
