@@ -16,7 +16,7 @@ KEY = "mtlweight"
 """The one key of this library."""
 VERSION = 3
 """Of what is under that key."""
-ADDED = ("engines", "fallbacks")
+ADDED = ("engines", "fallbacks", "uncommitted")
 """What version 2 did not have."""
 CONTENT = ("version", "weighting", "seed", "step", "tasks", "skipped", "dropped", "state", "memory", *ADDED)
 """What is under it."""
@@ -41,6 +41,7 @@ def saved(record: Any) -> dict[str, Any]:
         "memory": record.memory,
         "engines": engines,
         "fallbacks": dict(record.fallbacks),
+        "uncommitted": record.uncommitted,
     }
 
 
@@ -60,7 +61,7 @@ def restore(record: Any, own: Mapping[str, Any]) -> None:
         place, engines = _place(record.optimizer), own["engines"]
         here = engines if {name: engines.get(name) for name in place} == place else {}
         record.broken, record.uses = dict(here.get("broken", {})), Counter(here.get("uses", {}))
-        record.fallbacks = Counter(own["fallbacks"])
+        record.fallbacks, record.uncommitted = Counter(own["fallbacks"]), own["uncommitted"]
 
 
 def _place(optimizer: Optimizer) -> dict[str, str]:

@@ -65,8 +65,8 @@ class _Pending:
     skip: bool = False
     hidden: Hidden = field(default_factory=list)
     observe: Callable[[], Given] | None = None
-    parameters: int = 0  # how often they had been written to by then
-    gradients: int = 0  # a number for which gradients there were
+    writes: int = 0  # to the parameters, by then
+    used: bool = False  # whether a backward has gone through the scalar
 
 
 @dataclass
@@ -396,7 +396,7 @@ class MultiTaskOptimizer(Optimizer):
         r.pending = _Pending(state, report, tasks, plan.memory, seed, plan.uses, gone, start.skip, plan.hidden)
         if rewind is not None:
             r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
-        r.pending.parameters, r.pending.gradients, r.cleared = *self._marks(), False
+        self._watch_use(r.pending, scalar)
         if r.closure is None:
             return scalar
         r.closure.decided.append(_Decision(weights, writes, batch.tasks, batch.losses().shape, dropped, start))
@@ -694,11 +694,16 @@ class MultiTaskOptimizer(Optimizer):
             else:
                 r.fallbacks["the losses after the step were not finite: not observed"] += 1
 
-    def _marks(self) -> tuple[int, int]:
-        """Numbers that change when somebody writes to the parameters, and when a backward adds to their gradients."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        gradients = [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]
-        return sum(p._version for p in parameters), hash(tuple(gradients))
+    def _watch_use(self, pending: _Pending, scalar: Tensor) -> None:
+        def used(_gradient: Tensor) -> None:
+            pending.used = True
+
+        scalar.register_hook(used)
+        pending.writes, self._record.cleared = self._writes(), False
+
+    def _writes(self) -> int:
+        """How often somebody has written to the parameters."""
+        return sum(p._version for group in self.param_groups for p in group["params"])
 
     def _notice_uncommitted(self) -> None:
         """Counts a pending step whose gradients were used and which nobody committed; warns of what is lost, once.
@@ -706,11 +711,10 @@ class MultiTaskOptimizer(Optimizer):
         One that a gradient scaler skips is none of these: no parameter moves, and gradients are cleared.
         """
         r = self._record
-        if r.pending is None or r.pending.skip:
+        if r.pending is None or not r.pending.used:
             return
-        parameters, gradients = self._marks()
-        behind = parameters != r.pending.parameters
-        added = gradients not in (r.pending.gradients, hash(())) and not r.cleared
+        behind = self._writes() != r.pending.writes
+        added = not r.cleared and any(p.grad is not None for group in self.param_groups for p in group["params"])
         r.uncommitted += behind or added
         remembers = next(tensors_of(r.pending.state or {}), None) is not None
         if not (behind or (added and remembers)):
