@@ -134,9 +134,11 @@ def with_closure(optimizer, problem, k, combine):
     return optimizer.step(closure), evaluations
 
 
+@pytest.mark.training
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_lbfgs_with_equal_weights_converges_as_the_bare_one(line_search):
-    p = Problem()
+def test_lbfgs_with_equal_weights_converges_as_the_bare_one(line_search, seed):
+    p = Problem(seed=seed)
     q = copy.deepcopy(p)
     options = {"lr": 0.5, "max_iter": 5, "line_search_fn": line_search}
     optimizer = MultiTaskOptimizer(torch.optim.LBFGS(p.model.parameters(), **options), Equal())
