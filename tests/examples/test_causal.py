@@ -147,6 +147,7 @@ def table(request):
     return request.param
 
 
+@pytest.mark.training
 def test_a_study_on_tables_runs_and_scores_each_task_where_training_was_and_where_it_was_not(table, tmp_path, capsys):
     table.main("", ["--quick", "--seeds", "1", "--only", "single task", "MT-CRL", "--json", str(tmp_path)])
     numbers = json.loads((tmp_path / f"{table.name}-0.json").read_text())
