@@ -69,6 +69,7 @@ def test_a_task_without_a_label_on_the_validation_split_is_left_out_of_the_score
     without = problem.validation.labels[:, 2].isnan()
     few = problem._replace(validation=problem.validation[without])
     assert comparison._score(few, Network(few, TASKS)) < 1
+    assert comparison._score(few, Network(few, TASKS[2:])) == 0  # nothing is known of it
 
 
 def test_a_task_whose_training_labels_are_all_alike_or_missing_starts_with_finite_answers(problem):
