@@ -35,6 +35,7 @@ from mtlweight.testing import confounded_tasks
 
 TRAIN = [0.95, 0.75]  # how often the labels agree, in two environments
 TEST = [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95]
+SHOWN = Path(__file__).parents[1] / "docs" / "images" / "causal_modules.png"
 PENALTIES: dict[str, Penalty | None] = {
     "ordinary training": None,
     "causal modules": warmup(300, 200 * Invariance("norm") + 300 * RiskVariance(), start=200)
@@ -141,10 +142,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="how often to repeat all of it, for mean and spread")
     parser.add_argument("--steps", type=int, default=1_500, help="training steps of each method (default: 1500)")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    parser.add_argument("--output", type=Path, help="where the picture goes (default: docs/images/causal_modules.png)")
+    picture = Path("runs/causal_modules.png")
+    parser.add_argument("--output", type=Path, default=picture, help="where the picture goes (default: %(default)s)")
+    parser.add_argument(
+        "--write-docs", action="store_const", dest="output", const=SHOWN, help="put it where docs/causal.md shows it"
+    )
     options = parser.parse_args()
     steps = 20 if options.quick else options.steps
-    output = options.output or Path(__file__).parents[1] / "docs" / "images" / "causal_modules.png"
 
     torch.set_num_threads(1)  # such small modules gain nothing from more
     runs: dict[str, list[Run]] = {name: [] for name in PENALTIES}
@@ -155,8 +159,8 @@ def main() -> None:
                 runs[name].append(train(penalty, seed, steps, bar))
     print(table(runs))
     print(f"\nThe graph of the last run with causal modules:\n{runs['causal modules'][-1].graphs[1]}")
-    draw(output, runs, TEST, TRAIN)
-    print(f"The picture is {output}")
+    draw(options.output, runs, TEST, TRAIN)
+    print(f"The picture is {options.output}")
 
 
 if __name__ == "__main__":

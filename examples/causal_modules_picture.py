@@ -37,7 +37,7 @@ def draw(path: Path, runs: Mapping[str, Sequence[Any]], test: Sequence[float], t
     head.text(
         0.01,
         0.2,
-        "When two labels stop agreeing, ordinary training is fooled. Causal modules are not.",
+        _headline(runs),
         size=18,
         weight="bold",
     )
@@ -51,6 +51,14 @@ def draw(path: Path, runs: Mapping[str, Sequence[Any]], test: Sequence[float], t
     _owners(bottom, [last.owners[k] for k in order])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _headline(runs: Mapping[str, Sequence[Any]]) -> str:
+    """Fooled is who loses a tenth to the best without the shortcut, where the labels agree least."""
+    fooled = {name: [run.causal[0] - run.accuracy[0] > 0.1 for run in repeats] for name, repeats in runs.items()}
+    if all(fooled["ordinary training"]) and not any(fooled["causal modules"]):
+        return "When two labels stop agreeing, ordinary training is fooled. Causal modules are not."
+    return "When two labels stop agreeing, who is fooled depends on the seed and the steps."
 
 
 def _curves(axes: Axes, runs: Mapping[str, Sequence[Any]], test: Sequence[float], train: Sequence[float]) -> None:

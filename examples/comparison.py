@@ -171,10 +171,14 @@ def answers(model: Network, table: Table) -> dict[str, Tensor]:
 
 
 def _score(problem: Problem, model: Network) -> float:
-    """How much of the loss without a look at the inputs is gone on the validation split; the mean over the tasks."""
+    """How much of the loss without a look at the inputs is gone on the validation split; the mean over the tasks.
+
+    0 where no row of it has a label.
+    """
     table = problem.validation
     now, blind = (losses(problem, each, table) for each in (answers(model, table), blind_answers(problem, table)))
-    return mean(1 - (loss.mean() / blind[name].mean()).item() for name, loss in now.items() if loss is not None)
+    gone = [1 - (loss.mean() / blind[name].mean()).item() for name, loss in now.items() if loss is not None]
+    return mean(gone) if gone else 0.0
 
 
 def blind_answers(problem: Problem, table: Table) -> dict[str, Tensor]:

@@ -73,6 +73,7 @@ METHODS = [
     Method("SLGrad, scope=main, learn_reference", SLGrad("left", scope="main", learn_reference=True)),
 ]
 PICTURED = "SLGrad, scope=main"
+SHOWN = Path(__file__).parents[1] / "docs" / "images" / "quickstart.png"
 
 
 class Run(NamedTuple):
@@ -144,11 +145,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="how often to repeat all of it, for mean and spread")
     parser.add_argument("--steps", type=int, default=600, help="training steps of each method (default: 600)")
     parser.add_argument("--quick", action="store_true", help="a few steps on few images, to see that it runs")
-    parser.add_argument("--output", type=Path, help="where the picture goes (default: docs/images/quickstart.png)")
+    picture = Path("runs/quickstart.png")
+    parser.add_argument("--output", type=Path, default=picture, help="where the picture goes (default: %(default)s)")
+    parser.add_argument(
+        "--write-docs", action="store_const", dest="output", const=SHOWN, help="put it where README.md shows it"
+    )
     options = parser.parse_args()
     steps = 8 if options.quick else options.steps
     sizes = {"train": 1_000, "test": 200} if options.quick else {}
-    output = options.output or Path(__file__).parents[1] / "docs" / "images" / "quickstart.png"
 
     torch.set_num_threads(1)  # such small images gain nothing from more, and lose much where a core is busy
     data = [load(seed, **sizes) for seed in range(options.seeds)]
@@ -161,8 +165,8 @@ def main() -> None:
     print(table(runs))
     pictured = runs[PICTURED][0]
     accuracies = {name: [run.accuracy for run in repeats] for name, repeats in runs.items()}
-    draw(output, data[0], pictured.samples, pictured.weights, accuracies, of=PICTURED)
-    print(f"The picture is {output}")
+    draw(options.output, data[0], pictured.samples, pictured.weights, accuracies, of=PICTURED)
+    print(f"The picture is {options.output}")
 
 
 if __name__ == "__main__":

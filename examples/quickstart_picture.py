@@ -14,7 +14,6 @@ from multi_mnist import MultiMNIST, Pairs
 from torch import Tensor
 
 CORRECT, WRONG, GREY, PALE = "#1b6ca8", "#c8402f", "#a9afb6", "#e4e6e9"
-HEADLINE = "SLGrad learns which ones to ignore."
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 13,
@@ -40,7 +39,8 @@ def draw(
     figure = Figure(figsize=(13, 8), layout="constrained")
     title, walls, charts = figure.subfigures(3, height_ratios=[0.5, 1.9, 1.9])
     wrong = data.train.wrong
-    title.text(0.01, 0.62, f"{wrong.float().mean():.0%} of the labels are wrong. {HEADLINE}", size=22, weight="bold")
+    headline = f"{wrong.float().mean():.0%} of the labels are wrong. {_verdict(weights, wrong[samples])}"
+    title.text(0.01, 0.62, headline, size=22, weight="bold")
     title.text(
         0.01,
         0.12,
@@ -61,6 +61,11 @@ def draw(
     _bars(right.subplots(), accuracies, of)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def _verdict(weights: Tensor, wrong: Tensor) -> str:
+    told = weights[~wrong].mean() > 2 * weights[wrong].mean()
+    return "SLGrad learns which ones to ignore." if told else "Here SLGrad does not learn which ones to ignore."
 
 
 def _by_weight(samples: Tensor, weights: Tensor, n: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The pictures of reversed_digits.py, from the numbers that its runs left.
 
 One shows the graph over training, one how the reliance on the easy digit and the accuracy under shift go together as
-the hard digit gets harder. `python -m examples.causal.reversed_digits_picture` draws both.
+the hard digit gets harder. `python -m examples.causal.reversed_digits_picture` draws both; with
+`--write-docs` where docs/causal.md shows them.
 """
 
 from __future__ import annotations
@@ -119,7 +120,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("runs/causal"), help="folder of the numbers")
     parser.add_argument("--seed", type=int, default=0, help="whose graph (default: 0)")
-    parser.add_argument("--output", type=Path, default=PAGE.parent / "images", help="folder of the pictures")
+    folder = Path("runs/causal")
+    parser.add_argument("--output", type=Path, default=folder, help="folder of the pictures (default: %(default)s)")
+    parser.add_argument(
+        "--write-docs",
+        action="store_const",
+        dest="output",
+        const=PAGE.parent / "images",
+        help=f"put them where {PAGE.name} shows them",
+    )
     options = parser.parse_args()
     run = json.loads((options.json / f"{STUDY.name}-{options.seed}.json").read_text())
     graphs(options.output / "reversed_digits.png", run)

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from sybil import Document, Example, Sybil
 from sybil.evaluators.python import pad
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
@@ -64,6 +65,16 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_fenced_block_of_the_page_runs(page):
     run_page(page)
+
+
+@pytest.mark.training
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("page", ["docs/slgrad.md"])
+def test_what_the_page_asserts_of_a_training_holds_for_every_seed(page, seed, monkeypatch):
+    seeded, given = torch.manual_seed, []
+    monkeypatch.setattr(torch, "manual_seed", lambda of_the_page: given.append(of_the_page) or seeded(seed))
+    run_page(ROOT / page)
+    assert given  # otherwise all of these were one and the same training
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -3,6 +3,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -10,6 +11,7 @@ def python(monkeypatch, capsys, tmp_path):
     """Runs ``python -W error FILE ...`` or ``python -W error -m MODULE ...`` in this process, which saves each the
     seconds that it takes to import torch. Gives what it printed.
     """
+    threads = torch.get_num_threads()
 
     def run(*arguments):
         what, *rest = map(str, arguments)
@@ -26,4 +28,5 @@ def python(monkeypatch, capsys, tmp_path):
                 runpy.run_path(what, run_name="__main__")
         return capsys.readouterr()
 
-    return run
+    yield run
+    torch.set_num_threads(threads)  # scripts choose how many

@@ -1,7 +1,9 @@
+import argparse
 import importlib.util
 import json
 from pathlib import Path
 
+import causal_modules_picture
 import pytest
 import torch
 
@@ -10,16 +12,32 @@ from examples.causal import oracle_problem, reversed_digits, reversed_digits_pic
 ROOT = Path(study.__file__).parents[2]
 
 
-def test_the_examples_quick_form_prints_its_table_and_saves_the_picture(tmp_path, python):
-    picture = tmp_path / "new folder" / "causal.png"
-    done = python(ROOT / "examples/causal_modules.py", "--quick", "--seeds", "2", "--output", picture)
+def test_the_examples_quick_form_prints_its_table_and_saves_the_picture_under_the_current_folder(tmp_path, python):
+    done = python(ROOT / "examples/causal_modules.py", "--quick", "--seeds", "2")
     rows = {line[:34].strip(): line[34:].split() for line in done.out.splitlines()}
     for name in ("knows its causes alone", "ordinary training", "causal modules"):
         accuracies = [float(cell) for cell in rows[name][::3]]
         assert len(accuracies) == 3
         assert all(0 <= accuracy <= 1 for accuracy in accuracies)
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "runs" / "causal_modules.png").read_bytes().startswith(b"\x89PNG")
     assert "/80 " in done.err  # the progress bar: 2 seeds, 2 trainings, 20 steps
+
+
+def test_the_picture_that_the_page_shows_is_drawn_anew_only_if_asked_for(python, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(causal_modules_picture, "draw", lambda path, *_, **__: drawn.append(path))
+    python(ROOT / "examples/causal_modules.py", "--quick", "--seeds", "1", "--write-docs")
+    assert drawn == [ROOT / "docs" / "images" / "causal_modules.png"]
+
+
+@pytest.mark.parametrize(
+    ("ordinary", "modules", "told"),
+    [([0.3, 0.4], [0.75, 0.8], True), ([0.3, 0.8], [0.8, 0.8], False), ([0.3], [0.6], False)],
+)
+def test_the_headline_says_who_is_fooled_only_if_it_is_so_with_every_seed(ordinary, modules, told):
+    accuracies = {"ordinary training": ordinary, "causal modules": modules}
+    runs = {name: [argparse.Namespace(accuracy=[a], causal=[0.8]) for a in each] for name, each in accuracies.items()}
+    assert ("is fooled. Causal modules are not." in causal_modules_picture._headline(runs)) == told
 
 
 def test_seeds_that_are_run_one_by_one_are_collected_into_the_pages_table(tmp_path, monkeypatch, capsys):
@@ -54,13 +72,16 @@ def test_a_method_of_the_study_on_digits_runs_and_says_where_its_gradient_falls(
     assert all(0 <= numbers[key] <= 1 for key in reversed_digits.COLUMNS.values())
 
 
-def test_the_pictures_are_drawn_from_the_numbers_of_the_runs(tmp_path, python):
+def test_the_pictures_are_drawn_from_the_numbers_of_the_runs_and_lie_under_the_current_folder(
+    tmp_path, python, monkeypatch
+):
     shown = ["multi-task", *reversed_digits_picture.ROWS.values()]
     reversed_digits.STUDY.main("", ["--quick", "--seed", "0", "--only", *shown, "--json", str(tmp_path)])
     reversed_digits.KNOB.main("", ["--quick", "--seeds", "1", "--json", str(tmp_path)])
-    python("-m", "examples.causal.reversed_digits_picture", "--json", tmp_path, "--output", tmp_path / "new folder")
+    monkeypatch.chdir(tmp_path)
+    python("-m", "examples.causal.reversed_digits_picture", "--json", tmp_path)
     for name in ("reversed_digits.png", "reversed_digits_difficulty.png"):
-        picture = (tmp_path / "new folder" / name).read_bytes()
+        picture = (tmp_path / "runs" / "causal" / name).read_bytes()
         assert picture.startswith(b"\x89PNG")
         assert len(picture) > 20_000
 
@@ -126,6 +147,7 @@ def table(request):
     return request.param
 
 
+@pytest.mark.training
 def test_a_study_on_tables_runs_and_scores_each_task_where_training_was_and_where_it_was_not(table, tmp_path, capsys):
     table.main("", ["--quick", "--seeds", "1", "--only", "single task", "MT-CRL", "--json", str(tmp_path)])
     numbers = json.loads((tmp_path / f"{table.name}-0.json").read_text())

@@ -13,6 +13,7 @@ needs_data = pytest.mark.skipif(
 
 
 @needs_data
+@pytest.mark.training
 def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture(tmp_path, python):
     picture = tmp_path / "new folder" / "picture.png"
     named = ["--weighting", "UW() >> PCGrad()", "--weighting", "FAMO()"]

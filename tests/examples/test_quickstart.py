@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import quickstart_picture
 import torch
 
 from examples import multi_mnist
@@ -24,15 +25,14 @@ def data():
     return multi_mnist.load(seed=0)
 
 
-def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture(tmp_path):
-    picture = tmp_path / "new folder" / "quickstart.png"
+def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture_under_the_current_folder(tmp_path):
     warnings = [
         "-W",
         "error",
         "-W",
         "ignore::DeprecationWarning",
     ]  # torch's own, at its first dual number
-    command = [sys.executable, *warnings, SCRIPT, "--quick", "--seeds", "2", "--output", picture]
+    command = [sys.executable, *warnings, SCRIPT, "--quick", "--seeds", "2"]
     done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = {line[:36].strip(): line[36:].split() for line in done.stdout.splitlines()}
@@ -44,9 +44,25 @@ def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture(tmp_path):
         assert (ratio == "-") == (name == "held-out pairs only")
         if name.startswith("equal"):
             assert float(ratio) == 1
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 20_000
+    picture = (tmp_path / "runs" / "quickstart.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
     assert "/96 " in done.stderr  # the progress bar: 2 seeds, 6 methods, 8 steps
+
+
+@pytest.mark.parametrize("options", [["--write-docs"], ["--output", "other/picture.png"]])
+def test_the_picture_that_the_readme_shows_is_drawn_anew_only_if_asked_for(options, python, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(quickstart_picture, "draw", lambda path, *_, **__: drawn.append(path))
+    python(SCRIPT, "--quick", *options)
+    shown = SCRIPT.parents[1] / "docs" / "images" / "quickstart.png"
+    assert drawn == [shown if options == ["--write-docs"] else Path("other/picture.png")]
+
+
+@pytest.mark.parametrize(("weight", "words"), [(0.1, "learns which"), (1.2, "does not learn which")])
+def test_the_headline_says_that_wrong_labels_are_ignored_only_if_they_are(weight, words):
+    wrong = torch.tensor([[True, False, True], [True, True, True]])
+    assert words in quickstart_picture._verdict(torch.ones(2, 3).masked_fill(wrong, weight), wrong)
 
 
 def test_sixty_percent_of_the_left_training_labels_are_the_next_digit(data):

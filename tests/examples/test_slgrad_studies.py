@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from examples import multi_mnist
-from examples.slgrad import images, label_flips, noisy_pairs, report, toy_regression
+from examples.slgrad import images, label_flips, noisy_pairs, report, toy_regression, wrong_signs
 from examples.slgrad.study import DOCS, METHODS, Samples, Step, auroc, batches, main
 
 ROOT = DOCS.parent
@@ -68,6 +68,16 @@ def test_the_comparison_of_orders_has_a_row_for_each(monkeypatch, python):
     scores = {name: float(score.split()[0]) for name, score in (row.strip("| ").split(" | ") for row in rows)}
     assert [*scores] == re.findall(r"^\| ([^|]*alignment|weight) \|", (DOCS / "slgrad.md").read_text(), re.MULTILINE)
     assert all(0 <= score <= 1 for score in scores.values())
+
+
+def test_the_weights_of_wrong_signs_are_printed_as_a_spread_over_the_seeds(python, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = python("-m", "examples.slgrad.wrong_signs", "--seeds", "3", "--steps", "65").out.splitlines()
+    rows = {line[:40].strip(): list(map(float, line[40:].split())) for line in lines[3:] if line[40:].strip()}
+    assert list(rows) == [*wrong_signs.ROWS, *wrong_signs.METHODS]
+    for values in rows.values():
+        assert len(values) in (3, 9)  # least, middle and largest, in one part of the training or in three
+        assert all(values[k] <= values[k + 1] <= values[k + 2] for k in range(0, len(values), 3))
 
 
 def test_an_auroc_is_the_share_of_pairs_in_the_right_order_with_half_the_ties():

@@ -38,9 +38,11 @@ def with_closure(optimizer, problem, k, combine):
     return optimizer.step(closure), evaluations
 
 
+@pytest.mark.training
+@pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
-def test_lbfgs_with_equal_weights_converges_as_the_bare_one(line_search):
-    p = Problem()
+def test_lbfgs_with_equal_weights_converges_as_the_bare_one(line_search, seed):
+    p = Problem(seed=seed)
     q = copy.deepcopy(p)
     options = {"lr": 0.5, "max_iter": 5, "line_search_fn": line_search}
     optimizer = MultiTaskOptimizer(torch.optim.LBFGS(p.model.parameters(), **options), Equal())
@@ -202,6 +204,7 @@ def test_at_every_evaluation_of_a_step_the_gradient_is_that_of_the_value(weighti
     assert (ahead + behind) / 2 == pytest.approx(here, rel=1e-7)
 
 
+@pytest.mark.training
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
 def test_a_line_search_over_constant_weights_ends_where_it_does_over_the_weighted_sum(scale):
     def rosenbrock(w):
@@ -252,13 +255,11 @@ def test_weights_that_read_gradients_measure_them_once_a_step():
         losses["left"].register_hook(lambda _: backwards.append(1))
         return optimizer.combine(losses)
 
-    first = sum(p.losses().values()).detach()
     for _ in range(5):
         backwards.clear()
         _, evaluations = with_closure(optimizer, p, 0, combine)
         assert evaluations > 1
         assert len(backwards) == evaluations  # the first measures, the others go back once
-    assert float(sum(p.losses().values()).detach()) < float(first)
     assert optimizer.report.gramian is not None
     assert optimizer.report.step == 5
 
