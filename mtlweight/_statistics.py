@@ -62,6 +62,26 @@ def _split(block: Tensor | Sequence[Tensor], columns: int) -> Iterable[Tensor | 
     return zip(*(row.split(columns) for row in block), strict=True)
 
 
+def settled(gramian: Tensor) -> Tensor:
+    """A Gramian in float64; if it was in less, without what its rounding leaves where rows depend on each other.
+
+    Nobody can tell that from an independent part of a row, in units of which weights would be large and of any sign.
+    """
+    G = cast(gramian, statistics_dtype(gramian.device))
+    rounding = len(G) * torch.finfo(gramian.dtype).eps if gramian.is_floating_point() else 0.0
+    norms = G.diagonal().clamp(min=0).sqrt()
+    if gramian.dtype == G.dtype or not (G.isfinite().all() and norms.any()):
+        return G
+    unit = torch.where(norms > 0, norms, 1.0)
+    values, vectors = torch.linalg.eigh(G / unit / unit[:, None])
+    if not -rounding < values[0] < rounding:  # there is no such part; or it is no Gramian, as a solver will say
+        return G
+    cosines = (vectors * torch.where(values > rounding, values, 0.0)) @ vectors.T
+    scale = norms / cosines.diagonal().clamp(min=torch.finfo(G.dtype).tiny).sqrt()
+    mended: Tensor = scale * cosines * scale[:, None]
+    return mended
+
+
 def row_sizes(matrix: Tensor) -> Tensor:
     """The largest absolute value of each row; NaN where a row has one.
 
@@ -116,7 +136,8 @@ class Given:
 
     Args:
         losses: ``[m]`` or ``[m, b]``.
-        gramian: ``[m, m]``; computed from ``jacobian`` if left out.
+        gramian: ``[m, m]``; computed from ``jacobian`` if left out. In less than float64 it is rounded itself: rows
+            whose cosines have an eigenvalue below that rounding, ``m · eps``, count as dependent.
         jacobian: ``[m, n]``; or ``[m, b, n]``, one row a sample, which weightings per sample can weigh.
         alignment: ``[m]`` or ``[m, b]``.
         tasks: names of the rows, ``"0"``, ``"1"``, ... if left out.
@@ -183,7 +204,7 @@ class Given:
         if "jacobian" in self._given and (coefficients is not None or "gramian" not in self._given):
             return gramian_of(self.jacobian(coefficients))
         self._no(coefficients)
-        return cast(self._take("gramian"), statistics_dtype(self.device))
+        return settled(self._take("gramian"))
 
     def jacobian(self, coefficients: Tensor | None) -> Tensor:
         jacobian = self._take("jacobian")

@@ -6,7 +6,7 @@ import numpy as np
 
 from mtlweight._errors import MTLWeightError, SolverError
 from mtlweight.solvers._cancelling import cancelling, outside
-from mtlweight.solvers._rows import TOLERANCE, Array, Solution, all_finite, promised, rows_of
+from mtlweight.solvers._rows import NULL, TOLERANCE, Array, Solution, all_finite, eigen, promised, rows_of
 
 _SUSPECT = 1e-10  # an improvement this small, relative to what it sums, calls for a look at what cancels
 _OPPOSED = 1e-6 - 1.0  # the cosine of two rows, down to which they are far from cancelling
@@ -127,6 +127,13 @@ def _fair(C: Array, log_k: Array, p: float) -> tuple[Array, float]:
 def _without(C: Array, log_k: Array, p: float, z: Array) -> tuple[Array, float]:
     """The solution where the rows in the support of `z` cancel in these proportions."""
     S, rest = z > 0.0, z == 0.0
+    # They cancel up to their rounding, which the multiple of them that is added below must not blow up.
+    values, vectors = eigen(C[np.ix_(S, S)])
+    null = np.zeros((len(C), len(values)))
+    null[S] = vectors * (values < len(C) * NULL)
+    within = null @ null.T
+    z, kept = within @ z, np.eye(len(C)) - within
+    C = kept @ C @ kept
     least = np.exp(log_k / (1.0 + p))  # without interaction
     y, target = least.copy(), np.zeros(len(z))
     share = np.zeros(np.count_nonzero(S))

@@ -2,8 +2,26 @@
 
 import pytest
 import torch
+from torch import nn
 
-from mtlweight import ConFIG, FairGrad, MultiTaskOptimizer, NashMTL, Needs, View
+from mtlweight import (
+    IMTLG,
+    MGDA,
+    PCD,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    DualProj,
+    FairGrad,
+    Krum,
+    MultiTaskOptimizer,
+    NashMTL,
+    Needs,
+    PCGrad,
+    SDMGrad,
+    UPGrad,
+    View,
+)
 from mtlweight._statistics import Given, gramian_of
 from mtlweight._weighting import evaluate
 from tests.registry import CASES
@@ -115,3 +133,117 @@ def test_an_opposed_row_never_makes_a_step_that_harms(method):
         d = (method(jacobian=J) @ J).double()
         assert ((J.double() @ d) >= -1e-5 * J.norm(dim=1) * d.norm()).all(), seed
         assert d.norm() < 100
+
+
+ANY_LENGTH = (IMTLG(), IMTLG(normalization="absolute"), ConFIG(), NashMTL())
+EQUAL = (*ANY_LENGTH, AlignedMTL(), Krum(), CAGrad(), DualProj(), FairGrad())
+"""What says that duplicates share. MGDA says so of equal rows: of rounded ones, the shorter is nearer to zero."""
+
+
+@pytest.mark.parametrize(
+    ("method", "factor"),
+    [*((method, 1.0) for method in EQUAL), *((method, f) for method in ANY_LENGTH for f in (1.37, 1e-3, 700.3))],
+    ids=repr,
+)
+def test_duplicates_share_once_they_are_rounded_and_in_any_order(method, factor):
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        a, b, c = torch.randn(3, 1000, generator=generator)
+        last = torch.nextafter(a, b) if factor == 1.0 else factor * a
+        J = torch.stack([a, last, b, c])
+        order = torch.randperm(4, generator=generator)
+        lengths = weigh(method, jacobian=J) * J.double().norm(dim=1)
+        assert abs(lengths[0] - lengths[1]) <= 1e-5 * lengths.abs().max(), seed
+        permuted = weigh(method, jacobian=J[order]) * J[order].double().norm(dim=1)
+        assert torch.allclose(permuted, lengths[order], rtol=0, atol=1e-5 * float(lengths.abs().max())), seed
+
+
+def test_imtlg_shares_among_duplicates_of_another_length():
+    torch.manual_seed(2)
+    a, b = torch.randn(2, 1000)
+    J = torch.stack([a, 1.37 * a, b])
+    expected = torch.tensor([0.274, 0.200, 0.526])
+    assert torch.allclose(IMTLG()(jacobian=J), expected, atol=5e-4)
+
+
+def test_weights_that_cancel_up_to_the_rounding_of_rows_are_zero():
+    for seed in range(40):
+        a, b = torch.randn(2, 1000, generator=torch.Generator().manual_seed(seed))
+        a, b = a / a.norm(), b / b.norm()
+        b = (b - (a @ b) * a).div(3)
+        J = torch.stack([a, a + b, a + 2 * b])  # the one in the middle, twice, is the sum of the others
+        assert not IMTLG()(jacobian=J).any(), seed
+
+
+STEADY = (
+    MGDA(),
+    PCGrad(),
+    CAGrad(),
+    CAGrad(radius=1.5),
+    ConFIG(),
+    DualProj(),
+    FairGrad(),
+    FairGrad(alpha=0.5),
+    IMTLG(),
+    NashMTL(),
+    UPGrad(),
+    AlignedMTL(),
+    PCD(),
+    PCD("0", progress=0.0),
+    SDMGrad(independent=False),
+)
+NETS = {
+    "wide": lambda: (nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()),
+    "deep": lambda: [layer for k in range(8) for layer in (nn.Linear(32 if k == 0 else 48, 48), nn.Tanh())],
+    "normalized": lambda: (nn.Linear(32, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 64), nn.LayerNorm(64)),
+}
+LOSSES = {
+    "their sum": lambda a, b, _: (a, b, a + b),
+    "their mean": lambda a, b, c: (a, b, c, (a + b + c) / 3),
+    "an opposed multiple": lambda a, b, _: (a, b, -1.37 * a),
+    "a multiple": lambda a, b, _: (1.37 * a, b, a),
+    "a combination": lambda a, b, c: (a, b, c, 0.9 * a + 0.1 * b - 0.3 * c),
+    "a vanishing combination": lambda a, b, c: (a, b, c, -0.4 * a - 0.7 * b - c),
+}
+
+
+def of_net(method, name, losses, seed, dtype, engine):
+    torch.manual_seed(seed)
+    encoder, head = nn.Sequential(*NETS[name]()), nn.LazyLinear(3)
+    x, y = torch.randn(1024, 32), torch.randn(1024, 3)
+    head(encoder(x))
+    encoder, head, x, y = encoder.to(dtype), head.to(dtype), x.to(dtype), y.to(dtype)
+    inner = torch.optim.SGD([*encoder.parameters(), *head.parameters()], lr=0.0)
+    optimizer = MultiTaskOptimizer(inner, method, shared=encoder, engine=engine, seed=0)
+    a, b, c = (head(encoder(x)) - y).square().mean(dim=0)
+    optimizer.combine({str(t): loss for t, loss in enumerate(LOSSES[losses](a, b, c))}).backward()
+    optimizer.step()
+    report = optimizer.report
+    summed = (report.weights.abs() @ report.gramian.diagonal().sqrt()).item()
+    return torch.cat([p.grad.double().flatten() for p in encoder.parameters()]), summed
+
+
+@pytest.mark.parametrize("engine", ["rows", "features"])
+@pytest.mark.parametrize("losses", LOSSES)
+@pytest.mark.parametrize("name", NETS)
+def test_the_step_of_a_float32_network_is_that_of_the_same_network_in_float64(name, losses, engine):
+    for k, method in enumerate(STEADY):
+        found, _ = of_net(method, name, losses, k, torch.float32, engine)
+        exact, summed = of_net(method, name, losses, k, torch.float64, engine)
+        assert (found - exact).norm() <= 1e-3 * max(exact.norm(), 1e-2 * summed), method
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gramian_given_in_less_than_float64_never_makes_an_absurd_step(family, dtype):
+    for method in STEADY:
+        for m in (2, 3, 6):
+            for seed in range(4):
+                rows = dependent(family, m, seed).double()
+                rows /= rows.norm(dim=1, keepdim=True)
+                exact = weigh(method, gramian=rows @ rows.T) @ rows
+                found = weigh(method, gramian=(rows @ rows.T).to(dtype)) @ rows
+                # Of two digits little is right; but no step is thousands of gradients long.
+                assert found.norm() <= (3 if dtype == torch.float32 else 100) * max(exact.norm(), 1), (method, m, seed)
+                if dtype == torch.float32:
+                    assert (found - exact).norm() <= 1e-3 * max(exact.norm(), 1), (method, m, seed)
