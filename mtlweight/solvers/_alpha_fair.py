@@ -47,7 +47,7 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
     that complement leaves of their gradients. If all are in `S`, the step is zero. Adding what cancels to the weights
     in `S` changes nothing; as much of it is added as makes all of them at least as large as without any interaction,
     :math:`w_i \ge \|g_i\|^{-2\alpha/(1 + \alpha)}`. For rows in `S` the residual's numerator is :math:`|(G w)_i|`.
-    Gradients count as cancelling where less than :math:`3 \cdot 10^{-7}` of their summed lengths is left. A zero row
+    Gradients count as cancelling where less than :math:`10^{-6}` of their summed lengths is left. A zero row
     has nothing to gain: its weight is 0.
 
     Args:

@@ -28,7 +28,7 @@ def conflict_free(gramian: Array) -> Solution:
     **Degenerate input.** Where gradients depend on each other, the pseudo-inverse gives the cosines that are equal in
     the sense of least squares, and `d` can conflict. Where they are orthogonal to being equal, as between opposed
     gradients, or where the projections cancel, `d` and all weights are zero. A zero row gets weight 0. Rows count as
-    dependent where a combination of them is shorter than about :math:`3 \cdot 10^{-7} \sqrt m` times its coefficients.
+    dependent where a combination of them is shorter than about :math:`10^{-6} \sqrt m` times its coefficients.
 
     Args:
         gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`; or many, `[..., m, m]`, each solved by itself.
