@@ -67,11 +67,6 @@ def settled(gramian: Tensor) -> Tensor:
 
     Nobody can tell that from an independent part of a row, in units of which weights would be large and of any sign.
     """
-    if gramian.is_floating_point() and gramian.dtype.itemsize < 4:
-        raise MTLWeightError(
-            f"Expected a Gramian in float64, or at least in float32, found {gramian.dtype}, whose digits do not tell "
-            "which gradients cancel. Pass jacobian=J, which may be in any dtype, or J.double() @ J.double().T."
-        )
     G = cast(gramian, statistics_dtype(gramian.device))
     rounding = len(G) * torch.finfo(gramian.dtype).eps if gramian.is_floating_point() else 0.0
     norms = G.diagonal().clamp(min=0).sqrt()
@@ -149,8 +144,7 @@ class Given:
         shares: ``[m, b]``, the coefficients of the means; ``1 / b`` if left out.
 
     Raises:
-        MTLWeightError: if nothing is given, the values disagree about the number of tasks, or a Gramian is in float16
-            or bfloat16.
+        MTLWeightError: if nothing is given or the values disagree about the number of tasks.
     """
 
     def __init__(
