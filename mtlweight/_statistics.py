@@ -29,64 +29,57 @@ def widest(tensors: Iterable[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
 
 
-def gramian_of(*blocks: Tensor | Sequence[Tensor], columns: int = 1 << 20) -> Tensor:
-    """``J Jᵀ`` in float64, whatever the dtype and the scale of ``J``.
+def gramian_of(*blocks: Tensor | Sequence[Tensor], copied: int | None = None) -> Tensor:
+    """``J Jᵀ`` in float64, whatever the dtype and the scale of ``J``: its products are exact, and summed in float64.
 
-    Only where a row's squared length comes near an end of float32's range, or beyond, are rows divided by their largest
-    entry first: that costs a copy.
+    Solvers need that: what is left where rows cancel is their rounding, and must not be that of the products as well.
 
     Args:
         blocks: ``J``, or its blocks of columns, each ``[m, *]`` or its ``m`` rows.
-        columns: how many of them are summed in the dtype of ``J``.
+        copied: so many numbers are held in float64 at a time.
     """
-    device = blocks[0][0].device
-    dtype = statistics_dtype(device)
-    parts = [part for block in blocks for part in _split(block, columns)]
-    if not parts:
-        return torch.zeros(len(blocks[0]), len(blocks[0]), dtype=dtype, device=device)
-    total = _symmetric([_products(part) for part in parts], dtype)
-    squares = total.diagonal().tolist()  # no entry is larger, by Cauchy and Schwarz
-    if all(1e-18 < square < 1e36 for square in squares):
-        return total
-    size = torch.stack([row_sizes(_stacked(part)) for part in parts]).amax(dim=0)[:, None]
-    unit = torch.where(size == 0, 1.0, size)
-    total = _symmetric([rows @ rows.T for rows in (_stacked(part) / unit for part in parts)], dtype)
-    return total * size.to(dtype) * size.T.to(dtype)
+    m, device = len(blocks[0]), blocks[0][0].device
+    # On the CPU they stay in the cache; elsewhere an operation takes as long for fewer.
+    columns = max(1, (copied or (1 << 18 if device.type == "cpu" else 1 << 22)) // m)
+    buffer = torch.empty(m, 0, dtype=statistics_dtype(device), device=device)
+    total = buffer @ buffer.T
+    for block in blocks:
+        for part in _split(block, columns):
+            width = part[0].shape[0]
+            if buffer.shape[1] != width:
+                buffer = buffer.new_empty(m, width)
+            if isinstance(part, Tensor):
+                buffer.copy_(part)
+            else:
+                torch.stack(tuple(part), out=buffer)
+            total.addmm_(buffer, buffer.T)
+    return (total + total.T) / 2  # symmetric to the last bit, as the sum alone need not be
 
 
 def _split(block: Tensor | Sequence[Tensor], columns: int) -> Iterable[Tensor | Sequence[Tensor]]:
     if isinstance(block, Tensor):
-        return (part for part in block.split(columns, dim=1) if part.shape[1])
-    return zip(*(row.split(columns) for row in block), strict=True) if len(block[0]) else ()
+        return torch.split(block, columns, dim=1)
+    return zip(*(row.split(columns) for row in block), strict=True)
 
 
-def _products(rows: Tensor | Sequence[Tensor]) -> Tensor:
-    m = len(rows)
-    if not isinstance(rows, Tensor) and rows[0].device.type == "cpu" and m <= 10 and len(rows[0]) > 1 << 16:
-        # A copy into one block would cost more than these products, each of which runs over memory twice.
-        pairs = [[torch.dot(rows[i], rows[j]).item() for j in range(i + 1)] for i in range(m)]
-        return torch.tensor(
-            [[pairs[max(i, j)][min(i, j)] for j in range(m)] for i in range(m)], dtype=rows[0].dtype, device="cpu"
-        )
-    rows = _stacked(rows)
-    return rows @ rows.T
+def settled(gramian: Tensor) -> Tensor:
+    """A Gramian in float64; if it was in less, without what its rounding leaves where rows depend on each other.
 
-
-def _symmetric(products: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Their sum, symmetric to the last bit, as torch's product of a float32 matrix mostly is not."""
-    m = len(products[0])
-    if products[0].is_cpu and m * m <= FEW:
-        each = [product.tolist() for product in products]
-        half = [[sum(p[i][j] + p[j][i] for p in each) / 2 for j in range(i + 1)] for i in range(m)]
-        return torch.tensor(
-            [[half[max(i, j)][min(i, j)] for j in range(m)] for i in range(m)], dtype=dtype, device="cpu"
-        )
-    total = functools.reduce(torch.add, (product.to(dtype) for product in products))
-    return (total + total.T) / 2
-
-
-def _stacked(rows: Tensor | Sequence[Tensor]) -> Tensor:
-    return rows if isinstance(rows, Tensor) else torch.stack(tuple(rows))
+    Nobody can tell that from an independent part of a row, in units of which weights would be large and of any sign.
+    """
+    G = cast(gramian, statistics_dtype(gramian.device))
+    rounding = len(G) * torch.finfo(gramian.dtype).eps if gramian.is_floating_point() else 0.0
+    norms = G.diagonal().clamp(min=0).sqrt()
+    if gramian.dtype == G.dtype or not (G.isfinite().all() and norms.any()):
+        return G
+    unit = torch.where(norms > 0, norms, 1.0)
+    values, vectors = torch.linalg.eigh(G / unit / unit[:, None])
+    if not -rounding < values[0] < rounding:  # there is no such part; or it is no Gramian, as a solver will say
+        return G
+    cosines = (vectors * torch.where(values > rounding, values, 0.0)) @ vectors.T
+    scale = norms / cosines.diagonal().clamp(min=torch.finfo(G.dtype).tiny).sqrt()
+    mended: Tensor = scale * cosines * scale[:, None]
+    return mended
 
 
 def row_sizes(matrix: Tensor) -> Tensor:
@@ -143,7 +136,8 @@ class Given:
 
     Args:
         losses: ``[m]`` or ``[m, b]``.
-        gramian: ``[m, m]``; computed from ``jacobian`` if left out.
+        gramian: ``[m, m]``; computed from ``jacobian`` if left out. In less than float64 it is rounded itself: rows
+            whose cosines have an eigenvalue below that rounding, ``m · eps``, count as dependent.
         jacobian: ``[m, n]``; or ``[m, b, n]``, one row a sample, which weightings per sample can weigh.
         alignment: ``[m]`` or ``[m, b]``.
         tasks: names of the rows, ``"0"``, ``"1"``, ... if left out.
@@ -213,7 +207,7 @@ class Given:
         if "jacobian" in self._given and (coefficients is not None or "gramian" not in self._given):
             return gramian_of(self.jacobian(coefficients))
         self._no(coefficients)
-        return cast(self._take("gramian"), statistics_dtype(self.device))
+        return settled(self._take("gramian"))
 
     def jacobian(self, coefficients: Tensor | None) -> Tensor:
         jacobian = self._take("jacobian")

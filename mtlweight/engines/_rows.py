@@ -18,8 +18,8 @@ from mtlweight.engines._range import Reached, dense, wide
 
 COPIED = 1 << 20
 """Of what stands for gradients, at most so many numbers are copied in float64 at a time."""
-CANCELLED = 1e-6
-"""Of the terms of an inner product: below, the result would have less than ten digits."""
+CANCELLED = 1e-4
+"""Of the terms of an inner product: below, the result would have less than the twelve digits that solvers count on."""
 LONG = 1 << 16
 """Gradients of at most so many numbers are joined: many small products cost more than a copy. Longer ones stay."""
 
@@ -54,14 +54,15 @@ class Product:
         x = self.x.double()
         kernel = x @ x.T
         zero = next(torch.zeros_like(delta) for delta in self.deltas if delta is not None)
-        deltas = torch.stack([zero if delta is None else delta for delta in self.deltas])
+        deltas = [zero if delta is None else delta for delta in self.deltas]
         m, (n, width) = len(deltas), x.shape
 
         def over(columns: int, product: Callable[[Tensor], Tensor]) -> Tensor:
-            return functools.reduce(torch.add, (product(p.double()) for p in deltas.split(max(1, columns), dim=2)))
+            parts = zip(*(delta.split(max(1, columns), dim=1) for delta in deltas), strict=True)
+            return functools.reduce(torch.add, (product(torch.stack(part).double()) for part in parts))
 
         found = over(COPIED // max(1, m * n), lambda part: part.flatten(1) @ (kernel @ part).flatten(1).T)
-        squares, sizes = found.diagonal().tolist(), torch.linalg.vector_norm(deltas, dim=(1, 2)).tolist()
+        squares, sizes = found.diagonal().tolist(), torch.stack([delta.norm() for delta in deltas]).tolist()
         least = CANCELLED * kernel.diagonal().sum().item()
         if any(square < least * size * size for square, size in zip(squares, sizes, strict=True)):
             found = over(COPIED // max(1, m * width), lambda part: _square((part.mT @ x).flatten(1)))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mtlweight._statistics import statistics_dtype
 from mtlweight.engines._graph import Backward, leaves_of_each
 from mtlweight.engines._layers import Linear, gray_convolutions
 from mtlweight.engines._range import Reached, gradient, wide
@@ -64,8 +65,9 @@ def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequ
 
 
 def inner(gradients: Reached, tangents: Sequence[Tensor]) -> Tensor:
-    """``<gradients, tangents>``, at least in float32."""
-    total = torch.zeros((), device=tangents[0].device)
+    """``<gradients, tangents>``, summed in float64."""
+    device = tangents[0].device
+    total = torch.zeros((), dtype=statistics_dtype(device), device=device)
     for k, g in gradients.items():
-        total = total + (wide(g) * wide(tangents[k])).sum()
+        total = total + (wide(g) * wide(tangents[k])).sum(dtype=total.dtype)
     return total

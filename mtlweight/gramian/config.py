@@ -31,7 +31,7 @@ class ConFIG(Weighting):
     >>> ConFIG()(gramian=torch.tensor([[4.0, 0.0], [0.0, 0.25]]))
     tensor([0.6250, 2.5000])
 
-    *Differs from the paper* in nothing. Rows count as dependent where a combination of them is shorter than about 3e-7
+    *Differs from the paper* in nothing. Rows count as dependent where a combination of them is shorter than about 1e-6
     times its coefficients, as far as the Gramian can tell; the official code takes float32's rounding. Its other models
     of weights and length, and the variant that renews one gradient a step (M-ConFIG), are not offered.
 

@@ -13,8 +13,8 @@ from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.gramian._orders import random_orders
+from mtlweight.solvers._rows import NONE
 
-_VANISHED = 1e-14  # the squared relative length below which only rounding is left of a vector
 _STEEPEST = 1 - 1e-12  # a cosine of 1 would need infinitely much of the other gradient
 
 
@@ -81,7 +81,7 @@ class GradVac(Weighting):
         for others in random_orders(view).unbind(dim=1):  # one other task for each row at a time
             column = others[:, None]
             square = ((turned @ cosines) * turned).sum(dim=1)
-            defined = (square > _VANISHED * turned.abs().sum(dim=1).square()) & alive & alive[others]
+            defined = (square > (NONE * turned.abs().sum(dim=1)).square()) & alive & alive[others]
             length = torch.where(defined, square, 1.0).sqrt()
             cosine = ((turned * cosines[others]).sum(dim=1) / length).clamp(-1.0, 1.0)
             target = targets.gather(1, column)[:, 0]

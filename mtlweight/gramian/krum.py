@@ -11,7 +11,7 @@ from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 
-_ROUNDING = 1e-12  # of a squared distance, relative to the largest squared length
+_ROUNDING = 1e-6  # of a squared distance, relative to the largest squared length, that rounded gradients leave
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class MGDA(Weighting):
     *Reads* the Gramian. *Writes* ``[m]``, on the simplex, with ``G w >= 0``. *State* none. *Cost* the gradients of all
     tasks; the solver is negligible.
 
-    Where gradients are zero, they share the weight equally and the step is zero.
+    Where gradients are zero, they share the weight equally and the step is zero. Equal gradients share as well; of two
+    that are equal up to rounding, the shorter one is nearer to zero and may get all of it, for the same step.
 
     >>> MGDA()(gramian=torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     tensor([0.7500, 0.2500])

@@ -14,9 +14,7 @@ from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.solvers._cancelling import cancelling
 from mtlweight.solvers._nonnegative import complementary
-from mtlweight.solvers._rows import Array, promised, rows_of
-
-_VANISHED = 1e-14  # the squared relative length below which only rounding is left of a step
+from mtlweight.solvers._rows import NONE, Array, promised, rows_of
 
 
 @dataclass(frozen=True)
@@ -137,6 +135,6 @@ def _prioritised(gramian: Array, usual: Array, main: int, progress: float) -> tu
             multipliers, residuals = complementary(inner, wanted[None], size, rows.pivot)
             y[others], residual = multipliers[0], promised("PCD", float(residuals[0]), len(norms))
     square = y @ C @ y
-    if square <= _VANISHED * y.sum() ** 2:
+    if square <= (NONE * y.sum()) ** 2:
         return np.zeros_like(y), residual
     return y * rows.inverse * (norms[main] / math.sqrt(square)), residual

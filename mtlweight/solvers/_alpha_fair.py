@@ -6,7 +6,7 @@ import numpy as np
 
 from mtlweight._errors import MTLWeightError, SolverError
 from mtlweight.solvers._cancelling import cancelling, outside
-from mtlweight.solvers._rows import TOLERANCE, Array, Solution, all_finite, promised, rows_of
+from mtlweight.solvers._rows import NULL, TOLERANCE, Array, Solution, all_finite, eigen, promised, rows_of
 
 _SUSPECT = 1e-10  # an improvement this small, relative to what it sums, calls for a look at what cancels
 _OPPOSED = 1e-6 - 1.0  # the cosine of two rows, down to which they are far from cancelling
@@ -47,7 +47,7 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
     that complement leaves of their gradients. If all are in `S`, the step is zero. Adding what cancels to the weights
     in `S` changes nothing; as much of it is added as makes all of them at least as large as without any interaction,
     :math:`w_i \ge \|g_i\|^{-2\alpha/(1 + \alpha)}`. For rows in `S` the residual's numerator is :math:`|(G w)_i|`.
-    Gradients count as cancelling where less than :math:`3 \cdot 10^{-7}` of their summed lengths is left. A zero row
+    Gradients count as cancelling where less than :math:`10^{-6}` of their summed lengths is left. A zero row
     has nothing to gain: its weight is 0.
 
     Args:
@@ -127,6 +127,13 @@ def _fair(C: Array, log_k: Array, p: float) -> tuple[Array, float]:
 def _without(C: Array, log_k: Array, p: float, z: Array) -> tuple[Array, float]:
     """The solution where the rows in the support of `z` cancel in these proportions."""
     S, rest = z > 0.0, z == 0.0
+    # They cancel up to their rounding, which the multiple of them that is added below must not blow up.
+    values, vectors = eigen(C[np.ix_(S, S)])
+    null = np.zeros((len(C), len(values)))
+    null[S] = vectors * (values < len(C) * NULL)
+    within = null @ null.T
+    z, kept = within @ z, np.eye(len(C)) - within
+    C = kept @ C @ kept
     least = np.exp(log_k / (1.0 + p))  # without interaction
     y, target = least.copy(), np.zeros(len(z))
     share = np.zeros(np.count_nonzero(S))

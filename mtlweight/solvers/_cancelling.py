@@ -1,12 +1,10 @@
 """Which gradients cancel: convex combinations of rows that vanish."""
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
 from mtlweight.solvers._proximal import proximal
-from mtlweight.solvers._rows import NULL, Array, eigen
+from mtlweight.solvers._rows import DEPENDENT, NONE, NULL, Array, eigen
 
 
 def cancelling(C: Array) -> Array:
@@ -17,7 +15,7 @@ def cancelling(C: Array) -> Array:
         P, shares = outside(C, S)
         P = P[np.ix_(rest, rest)]
         lengths = np.sqrt(np.maximum(P.diagonal(), 0.0))
-        vanished = lengths < math.sqrt(NULL)
+        vanished = lengths < DEPENDENT
         if vanished.any():
             more: Array = vanished.astype(np.float64)  # in the span of S, whose cone is all of its span
         else:
@@ -38,7 +36,7 @@ def outside(C: Array, S: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
     """Inner products of what is left of each row outside of the span of those in S, and its shares in these."""
     if not S.any():
         return C, np.zeros((0, len(C)))
-    shares = np.asarray(np.linalg.lstsq(C[np.ix_(S, S)], C[S], rcond=1e-13)[0], dtype=np.float64)
+    shares = np.asarray(np.linalg.lstsq(C[np.ix_(S, S)], C[S], rcond=len(C) * NULL)[0], dtype=np.float64)
     P = C - C[:, S] @ shares
     return (P + P.T) / 2, shares
 
@@ -53,5 +51,5 @@ def _null_part(C: Array, z: Array) -> Array:
     null = vectors[:, values < NULL * len(values)]
     part = np.zeros_like(z)
     part[support] = null @ (null.T @ z[support])
-    part[part < 1e-7 * part.sum()] = 0.0
-    return part if np.abs(C @ part).max() <= 1e-7 * part.sum() else np.zeros_like(z)
+    part[part < NONE * part.sum()] = 0.0
+    return part if np.abs(C @ part).max() <= NONE * part.sum() else np.zeros_like(z)

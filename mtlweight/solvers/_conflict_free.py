@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from mtlweight.solvers._rows import NULL, TINY, Array, Solution, eigen, promised, rows_of, solved, times
+from mtlweight.solvers._rows import NONE, NULL, TINY, Array, Solution, eigen, promised, rows_of, solved, times
 
 _ROUNDING = 1e-14  # a sum this far below its terms is nothing but rounding
-_ORTHOGONAL = 1e-6  # the part of a vector of ones that counts as none
 
 
 def conflict_free(gramian: Array) -> Solution:
@@ -29,7 +28,7 @@ def conflict_free(gramian: Array) -> Solution:
     **Degenerate input.** Where gradients depend on each other, the pseudo-inverse gives the cosines that are equal in
     the sense of least squares, and `d` can conflict. Where they are orthogonal to being equal, as between opposed
     gradients, or where the projections cancel, `d` and all weights are zero. A zero row gets weight 0. Rows count as
-    dependent where a combination of them is shorter than about :math:`3 \cdot 10^{-7} \sqrt m` times its coefficients.
+    dependent where a combination of them is shorter than about :math:`10^{-6} \sqrt m` times its coefficients.
 
     Args:
         gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`; or many, `[..., m, m]`, each solved by itself.
@@ -78,5 +77,5 @@ def _least_squares(C: Array, ones: Array) -> Array:
     values, vectors = eigen(C)
     kept = values > NULL * values.shape[-1]
     shares = np.where(kept, times(vectors.swapaxes(-2, -1), ones), 0.0)
-    shares[np.linalg.norm(shares, axis=-1) <= _ORTHOGONAL] = 0.0
+    shares[np.linalg.norm(shares, axis=-1) <= NONE] = 0.0
     return times(vectors, shares / np.where(kept, values, 1.0)) * ones

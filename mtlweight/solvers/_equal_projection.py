@@ -4,11 +4,9 @@ from typing import Literal
 
 import numpy as np
 
-from mtlweight.solvers._rows import NULL, TINY, Array, Solution, eigen, promised, rows_of, solved, times
+from mtlweight.solvers._rows import NONE, NULL, TINY, Array, Solution, eigen, promised, rows_of, solved, times
 
 _RIDGE = 1e-11
-_ROUNDING = 1e-12  # an inner product with an eigenvector that is nothing but rounding
-_CANCELLED = 1e-8  # a sum this far below its terms counts as zero
 
 
 def equal_projection(gramian: Array, total: Literal["sum", "absolute"] = "sum") -> Solution:
@@ -75,12 +73,15 @@ def equal_projection(gramian: Array, total: Literal["sum", "absolute"] = "sum") 
         kappa = y * (1.0 + C[..., :1, 1])
     else:
         y = solved(rows, y, _limit)
-    off = np.abs(times(C, y) - kappa).max(axis=-1) / np.maximum(np.abs(y).sum(axis=-1), TINY)
+    gap = times(C, y) - kappa
+    if rows.dependent.any():  # what the rounding of rows leaves outside of their span cannot be met
+        gap = np.where(rows.dependent[..., None], times(C, gap), gap)
+    off = np.abs(gap).max(axis=-1) / np.maximum(np.abs(y).sum(axis=-1), TINY)
     residual = promised("equal_projection", float(off.max()), m)
     w = y * rows.inverse
     size = np.abs(w).sum(axis=-1, keepdims=True)
     scale = w.sum(axis=-1, keepdims=True) if total == "sum" else size
-    weights = np.divide(w, scale, out=np.zeros_like(w), where=np.abs(scale) > _CANCELLED * size)
+    weights = np.divide(w, scale, out=np.zeros_like(w), where=np.abs(scale) > NONE * size)
     weights[~size.any(axis=-1)] = 1.0 / m  # nothing but zero rows
     return Solution(weights, residual)
 
@@ -89,7 +90,8 @@ def _limit(C: Array, ones: Array) -> Array:
     """Three steps of a proximal point iteration, `(C + ridge) y' = 1 + ridge y`, from zero."""
     values, vectors = eigen(C)
     shares = times(vectors.swapaxes(-2, -1), ones)
-    shares[np.abs(shares) < _ROUNDING] = 0.0
-    values[values < values.shape[-1] * NULL] = 0.0
+    null = values < values.shape[-1] * NULL
+    shares[null & (np.abs(shares) < NONE)] = 0.0
+    values[null] = 0.0
     ratio = _RIDGE / (values + _RIDGE)
     return times(vectors, shares * (1.0 + ratio + ratio**2) / (values + _RIDGE)) * ones

@@ -13,11 +13,20 @@ Array: TypeAlias = npt.NDArray[np.float64]
 
 TOLERANCE = 1e-8  # the residual that every solver promises
 RIDGE = 1e-10  # large enough to dominate float64 noise (2e-16), small enough that one step already keeps the promise
-NULL = 1e-13  # eigenvalues of cosines that are nothing but rounding
+DEPENDENT = 1e-6
+"""Rows depend on each other where a combination of them is shorter than `√m` times so much of its coefficients.
+
+What is left of it is the rounding of the rows then: of 3e-8 of their length where they are in float32, and of up to
+1e-6 where a network's backward has added them up in float32.
+"""
+NULL = DEPENDENT**2  # the same of eigenvalues of cosines, which are squared lengths; times m
+NONE = (
+    1e-5  # a coefficient, or a sum, that is nothing but the rounding of the rows: `DEPENDENT`, times what it grows by
+)
 TINY = float(np.finfo(np.float64).tiny)
 EPS = float(np.finfo(np.float64).eps)
 
-_INDEPENDENT = 1e-3  # least pivot of cosines that are solved as they are
+_INDEPENDENT = 1e-3  # least pivot of cosines that are solved as they are: they have no eigenvalue near NULL
 _NOISE = 1e-2  # asymmetry or negative curvature that low-precision arithmetic may leave in a Gramian of unit rows
 
 
@@ -31,8 +40,9 @@ class Solution(NamedTuple):
 class Rows(NamedTuple):
     """The rows of J, up to a rotation: their lengths, the cosines between them, and how far from dependent they are.
 
-    `pivots` is the diagonal of the cosines' Cholesky factor. A zero row has length 0 and counts as orthogonal to all
-    others. Of a stack of Gramians, everything has the stack's dimensions before its own.
+    `pivots` is the diagonal of the cosines' Cholesky factor, or zeros where rows depend on each other. A zero row has
+    length 0 and counts as orthogonal to all others. Of a stack of Gramians, everything has the stack's dimensions
+    before its own.
     """
 
     norms: Array
@@ -51,6 +61,12 @@ class Rows(NamedTuple):
         return zero
 
     @property
+    def dependent(self) -> npt.NDArray[np.bool_]:
+        """Whether rows depend on each other, for each Gramian."""
+        dependent: npt.NDArray[np.bool_] = self.pivots.min(axis=-1) == 0.0
+        return dependent
+
+    @property
     def inverse(self) -> Array:
         """One over the length of each row, and 0 for a zero row."""
         return np.divide(1.0, self.norms, out=np.zeros_like(self.norms), where=self.norms > 0.0)
@@ -59,8 +75,8 @@ class Rows(NamedTuple):
 def rows_of(gramian: Array, solver: str, stacks: bool = False) -> Rows:
     """Checks a Gramian and takes it apart.
 
-    A slightly indefinite Gramian, as float32 rounding leaves it, is replaced by the nearest positive semidefinite
-    matrix, scaled to cosines again.
+    What is left where rows depend on each other, `DEPENDENT`, is taken away: the Gramian is replaced by the nearest one
+    of that rank, scaled to cosines again. So is a slightly indefinite Gramian, as float32 rounding leaves it.
 
     Args:
         gramian: `[m, m]`; with `stacks`, `[..., m, m]` as well. It is not changed.
@@ -112,11 +128,12 @@ def rows_of(gramian: Array, solver: str, stacks: bool = False) -> Rows:
     except np.linalg.LinAlgError:
         if G.ndim > 2:
             return _each(G, solver)
-        values, vectors = eigen(C)
-        lowest, pivots = float(values[0]), np.zeros(m)
-        C = (vectors * np.maximum(values, 0.0)) @ vectors.T
-        lengths = np.sqrt(C.diagonal())
-        C /= lengths * lengths[:, None]
+        pivots = np.zeros(m)
+    near = pivots.min(axis=-1) < _INDEPENDENT
+    if near.any():
+        C, pivots = C.copy(), pivots.copy()
+        C[near], lowest, dependent = _mended(C[near])
+        pivots[near] = np.where(dependent[:, None], 0.0, pivots[near])
     if asymmetry > _NOISE or lowest < -_NOISE:
         if G.ndim > 2:
             return _each(G, solver)
@@ -125,6 +142,19 @@ def rows_of(gramian: Array, solver: str, stacks: bool = False) -> Rows:
             f"one, an asymmetry of {asymmetry:.3g} and a lowest eigenvalue of {lowest:.3g}. Pass J @ J.T."
         )
     return Rows(norms, C, pivots)
+
+
+def _mended(C: Array) -> tuple[Array, float, npt.NDArray[np.bool_]]:
+    """Cosines without what is but rounding, their lowest eigenvalue before that, and in which rows are dependent."""
+    values, vectors = eigen(C)
+    lowest, m = values[:, :1], C.shape[-1]
+    kept = values > np.maximum(m * NULL, -2.0 * lowest)  # a negative one tells how much of the others is rounding
+    mended = (vectors * np.where(kept, values, 0.0)[:, None]) @ vectors.swapaxes(-2, -1)
+    lengths = np.sqrt(mended.diagonal(0, -2, -1))
+    mended /= lengths[:, None] * lengths[..., None]
+    # Where float64 itself leaves no more than that, it is as it should be: the last digits are not to be lost.
+    rounded = (~kept & (np.abs(values) > 1e-14 * m)).any(axis=-1)
+    return np.where(rounded[:, None, None], mended, C), float(lowest.min()), ~kept.all(axis=-1)
 
 
 def _each(stack: Array, solver: str) -> Rows:

@@ -33,6 +33,11 @@ def test_torch_raises_where_the_host_would_wait(device, no_waiting):
         numbers.sum().item()
 
 
+def believe(_losses, found):
+    """A judge that does not compare: comparing waits."""
+    return found
+
+
 @pytest.mark.parametrize("network", ["linear", "convolutions and BatchNorm", "dropout", "LayerNorm"])
 @pytest.mark.parametrize("engine", ["forward", "pullback"])
 def test_the_alignment_is_measured_without_waiting_for_the_device(network, engine, device, no_waiting):
@@ -42,7 +47,7 @@ def test_the_alignment_is_measured_without_waiting_for_the_device(network, engin
     no_waiting()
     if engine == "forward":
         forward.losses_and_tangents(
-            p.sample_losses, lambda losses: losses, modules, forward.names(modules), p.shared, tangents
+            p.sample_losses, lambda losses: losses, modules, forward.names(modules), p.shared, tangents, believe
         )
     else:
         pullback.alignment([*p.sample_losses().values()], p.shared, tangents)

@@ -110,7 +110,7 @@ def test_an_answer_solves_the_equation_or_leaves_the_losses_of_those_who_cancel(
         assert np.linalg.norm(min_norm(U @ U.T).weights @ U) < 1e-6
         y = (weights * lengths(J))[J.any(1)]
         gains = np.abs(U @ (y @ U)) / (np.abs(U @ U.T) @ y)
-        assert backward_error(J, weights, alpha, embed(J, gains < 1e-8)) <= 1e-8
+        assert backward_error(J, weights, alpha, embed(J, gains < 1e-6)) <= 1e-8  # as above
 
 
 def embed(J, values):
