@@ -178,6 +178,42 @@ def singular(count, rank, device):
     return {name: Singular(run, count, rank, device=device).train() for name, run in runs.items()}
 
 
+class Searching(Training):
+    """Each step is one of L-BFGS, whose line search evaluates the closure several times."""
+
+    def wrapped(self, inner):
+        options = {"max_iter": 4, "line_search_fn": "strong_wolfe"}
+        return torch.optim.LBFGS(inner.param_groups[0]["params"], **options)
+
+    def step(self, k, **options):
+        values = []
+
+        def closure():
+            self.optimizer.zero_grad()
+            scalar = self.combine(k, **options)
+            scalar.backward()
+            self.reduce()
+            values.append(scalar.detach().cpu())
+            return scalar
+
+        self.optimizer.step(closure)
+        return values
+
+
+SEARCHED = {
+    "UW()": Run(UW()),
+    "MGDA(), masks": Run(MGDA(), masked={1: ("1",)}),
+    "SLGrad(), learned": Run(SLGrad("0", learn_reference=True)),
+    "UW(), parts": Run(UW(), given="parts"),
+    "DWA(), a penalty": Run(DWA(), uneven=False, options={"penalty": small}),
+}
+
+
+@scenario
+def line_searches(count, rank, device):
+    return {name: Searching(run, count, rank, device=device).train(steps=2) for name, run in SEARCHED.items()}
+
+
 @scenario
 def all_absent(count, rank, device):
     """The second batch has no label at all."""

@@ -106,6 +106,13 @@ def test_all_processes_have_the_same_bits(outcomes, count):
 
 
 @pytest.mark.parametrize("count", COUNTS)
+def test_a_line_search_evaluates_as_often_and_finds_the_same_in_every_process(outcomes, count):
+    first, *others = outcomes(count, "line_searches")
+    assert all(len(values) > 2 for run in first.values() for values in run["values"])
+    assert all(same(first, other) for other in others)
+
+
+@pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", SPOILT, ids=str)
 def test_a_loss_that_is_not_finite_in_one_process_is_skipped_or_dropped_in_all(outcomes, count, name):
     expected = Spoilt(SPOILT[name], count).train()
@@ -144,7 +151,7 @@ def test_a_penalty_that_is_not_finite_in_one_process_skips_the_step_in_all(outco
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["all_absent", "accumulated", "recorded_and_merged"])
+@pytest.mark.parametrize("name", ["all_absent", "accumulated", "recorded_and_merged", "line_searches"])
 def test_processes_do_what_one_process_does(outcomes, count, name):
     expected = SCENARIOS[name](count, None, "cpu")
     for found in outcomes(count, name):
