@@ -7,6 +7,7 @@ import functools
 import inspect
 import traceback
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,9 @@ from mtlweight.engines import (
     Plan,
     Processes,
     bad_gradient,
+    behind_masks,
     deferred,
+    expect_own_parts,
     full_precision,
     local,
     look_again,
@@ -67,6 +70,7 @@ class _Pending:
     observe: Callable[[], Given] | None = None
     writes: int = 0  # to the parameters, by then
     used: bool = False  # whether a backward has gone through the scalar
+    done: bool = False  # whether it was committed, or the next one goes on from it
 
 
 @dataclass
@@ -209,6 +213,12 @@ class MultiTaskOptimizer(Optimizer):
     ) -> None:
         # Optimizer.__init__ is not called: through the properties below it would wipe the wrapped optimizer's state.
         expect_kind("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        if isinstance(optimizer, MultiTaskOptimizer):
+            raise MTLWeightError(
+                "MultiTaskOptimizer: expected a bare optimizer, found one that is wrapped already, whose weighting "
+                "would never be asked. Wrap its .optimizer; for both weightings, chain them: "
+                f"{optimizer.weighting!r} >> {weighting!r}."
+            )
         expect_kind("weighting", weighting, Weighting, "a weighting such as UW()")
         expect_kind("model", model, (nn.Module, type(None)), "a torch.nn.Module")
         expect_kind("seed", None if type(seed) is int else seed, type(None), "an int, or None for torch's seed")
@@ -290,6 +300,8 @@ class MultiTaskOptimizer(Optimizer):
             NonFiniteError: under the policy ``on_nonfinite``.
         """
         r = self._record
+        for given in (losses, reference):
+            expect_own_parts(given)
         with full_precision() as as_outside:
             weigh = functools.partial(self._combine, environments, as_outside(r.penalty), retain_graph)
             return r.accumulation.take(weigh, self.param_groups, as_outside(losses), as_outside(reference), mask)
@@ -339,7 +351,9 @@ class MultiTaskOptimizer(Optimizer):
                 decided = r.closure.decided[r.closure.calls - 1]
                 return self._evaluate_again(decided, environments, penalty, losses, reference, mask)
         start = r.pending if r.accumulation.continues else None
-        if start is None and r.closure is None:
+        if start is not None:
+            start.done = True
+        elif r.closure is None:
             self._notice_uncommitted()
         start = start or _Pending(r.state, None, r.tasks, r.memory, r.seed, r.uses)
         r.pending = None
@@ -373,10 +387,12 @@ class MultiTaskOptimizer(Optimizer):
                         raise
                     dropped += error.tasks
                     batch = batch.without(error.tasks)
+                    self._warn_of_masks(plan.hidden)
             added = None if penalty is None else batch.penalty(penalty, view, environments)
         except NonFiniteError:
             if r.on_nonfinite == "raise":
                 raise
+            self._warn_of_masks(plan.hidden)
             return self._skip(start, dropped, batch)
         writes = r.weighting.writes
         stalled = batch.stalled(view, weights)
@@ -395,7 +411,8 @@ class MultiTaskOptimizer(Optimizer):
         tasks, seed, gone = tuple(plan.agreed.tasks), plan.agreed.seed, start.dropped + dropped
         r.pending = _Pending(state, report, tasks, plan.memory, seed, plan.uses, gone, start.skip, plan.hidden)
         if rewind is not None:
-            r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks)
+            first = [weakref.ref(loss) for loss in batch.graphs.values()]
+            r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks, first)
         self._watch_use(r.pending, scalar)
         if r.closure is None:
             return scalar
@@ -438,19 +455,27 @@ class MultiTaskOptimizer(Optimizer):
     def frozen(self) -> Constant:
         """The tasks' weights in the last committed step, as constants.
 
-        For an optimizer that is to go on with what this one has found, such as L-BFGS after Adam, and for looking at
-        it. Average over steps with ``ema(...)``, if single ones are noisy.
+        For an optimizer that is to go on with what this one has found, such as L-BFGS after Adam. The mapping has the
+        tasks of that step alone. Average over steps with ``ema(...)``, if single ones are noisy.
 
         Raises:
-            MTLWeightError: if no step was committed, or the weights are those of samples or gradient entries, which
-                belong to their batch.
+            MTLWeightError: if no step was committed since the optimizer was made or loaded; if the weights are those of
+                samples or gradient entries, which belong to their batch; or if one is negative, since the weighted sum
+                then has no minimum.
         """
         report = self._record.report
         if report.weights is None or report.writes != "task":
+            found = "none since the start or the load" if report.weights is None else f"weights per {report.writes}"
             raise MTLWeightError(
-                "frozen() keeps one weight a task: expected a committed step with weights per task, found "
-                f"{'no step so far' if report.weights is None else f'weights per {report.writes}'}. Take a step, or "
-                "use a weighting per task."
+                f"frozen() keeps one weight a task: expected a committed step with weights per task, found {found}. "
+                "Take a step first (checkpoints have no report), or use a weighting per task."
+            )
+        negative = {task: weight for task, weight in report.task_weights.items() if weight < 0}
+        if negative:
+            raise MTLWeightError(
+                f"frozen() makes one objective of the losses: expected weights >= 0, found {negative}. A sum with "
+                "negative weights has no minimum. Take a weighting whose weights are not negative, or chain "
+                "clip(..., low=0) around it."
             )
         return Constant(report.task_weights)
 
@@ -505,6 +530,7 @@ class MultiTaskOptimizer(Optimizer):
                 r.closure = _Closure()
                 result = r.optimizer.step(checked)
         except _SkipStepError:
+            self._warn_of_masks(r.pending.hidden if r.pending is not None else [])
             self._commit(skipped=True)
             return None
         finally:
@@ -675,6 +701,7 @@ class MultiTaskOptimizer(Optimizer):
         r.accumulation.restart()
         if pending is None:
             return
+        pending.done = True
         r.dropped.update(pending.dropped)
         if skipped:
             r.skipped += 1
@@ -695,18 +722,23 @@ class MultiTaskOptimizer(Optimizer):
                 r.fallbacks["the losses after the step were not finite: not observed"] += 1
 
     def _watch_use(self, pending: _Pending, scalar: Tensor) -> None:
+        r = self._record
+
         def used(_gradient: Tensor) -> None:
+            late = not pending.used and not pending.done and r.pending is not pending
             pending.used = True
+            if late:  # another combine has come before this backward
+                self._count_uncommitted(pending, behind=False)
 
         scalar.register_hook(used)
-        pending.writes, self._record.cleared = self._writes(), False
+        pending.writes, r.cleared = self._writes(), False
 
     def _writes(self) -> int:
         """How often somebody has written to the parameters."""
         return sum(p._version for group in self.param_groups for p in group["params"])
 
     def _notice_uncommitted(self) -> None:
-        """Counts a pending step whose gradients were used and which nobody committed; warns of what is lost, once.
+        """Counts a pending step whose gradients were used and which nobody committed.
 
         One that a gradient scaler skips is none of these: no parameter moves, and gradients are cleared.
         """
@@ -715,23 +747,33 @@ class MultiTaskOptimizer(Optimizer):
             return
         behind = self._writes() != r.pending.writes
         added = not r.cleared and any(p.grad is not None for group in self.param_groups for p in group["params"])
-        r.uncommitted += behind or added
-        remembers = next(tensors_of(r.pending.state or {}), None) is not None
-        if not (behind or (added and remembers)):
+        if behind or added:
+            self._count_uncommitted(r.pending, behind)
+
+    def _count_uncommitted(self, pending: _Pending, behind: bool) -> None:
+        """Counts a step that nobody will commit; warns of what is lost, once."""
+        r = self._record
+        r.uncommitted += 1
+        remembers = next(tensors_of(pending.state or {}), None) is not None
+        if not (behind or remembers):
             return
         what, todo = (
             ("the parameters moved after a combine, but not by this optimizer's step()", "Call step() of this one")
             if behind
             else (
-                "combine was called again before step(), and the gradients of both add up",
-                "For micro-batches of one step use accumulate(k), or pass them to combine as a list",
+                "combine was called again before step(), which commits the later one alone",
+                "For micro-batches of one step use accumulate(k), or pass them to combine as a list; to look at other "
+                "losses, do not call combine",
             )
         )
-        self._warn(
-            "uncommitted",
-            f"{what}: what {self._record.weighting!r} learned from the first is lost, and the step is not counted. "
-            f"{todo}. Steps like this one are counted in report.uncommitted.",
-        )
+        lost = f"what {r.weighting!r} learned from the first is lost" if remembers else "the step is not counted"
+        self._warn("uncommitted", f"{what}: {lost}. {todo}. Such steps are counted in report.uncommitted.")
+
+    def _warn_of_masks(self, hidden: Hidden) -> None:
+        """Warns once if the steps that are skipped, or tasks that are dropped, are so because of what a mask hides."""
+        cause = behind_masks(hidden, sure=True)
+        if cause:
+            self._warn("masked", f"a step was skipped, or a task dropped. {cause}")
 
     def _warn(self, kind: str, text: str) -> None:
         """Warns once of each kind, where the user's code called ``combine``."""

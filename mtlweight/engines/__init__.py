@@ -1,9 +1,9 @@
 """Engines: how a view is filled. Each computes what a weighting declares, and nothing else."""
 
-from mtlweight.engines._accumulate import Accumulation
+from mtlweight.engines._accumulate import Accumulation, expect_own_parts
 from mtlweight.engines._again import look_again, snapshot
 from mtlweight.engines._batch import Batch
-from mtlweight.engines._blame import Hidden, bad_gradient
+from mtlweight.engines._blame import Hidden, bad_gradient, behind_masks
 from mtlweight.engines._losses import deferred
 from mtlweight.engines._parts import Parts, parameters, parts
 from mtlweight.engines._plan import ENGINES, Agreed, Plan
@@ -23,7 +23,9 @@ __all__ = [
     "Plan",
     "Processes",
     "bad_gradient",
+    "behind_masks",
     "deferred",
+    "expect_own_parts",
     "full_precision",
     "local",
     "look_again",

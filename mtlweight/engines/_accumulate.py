@@ -62,8 +62,9 @@ class Accumulation:
             expect_count("accumulate", "divisor", divisor)
             if weigh == "each":
                 raise MTLWeightError(
-                    f"accumulate: with weigh='each' every scalar is the loop's to divide: expected no divisor, found "
-                    f"{divisor}. Leave it out."
+                    f"accumulate: with weigh='each' every scalar is returned as it is: expected no divisor, found "
+                    f"{divisor}. Leave it out, and divide each scalar by the number of micro-batches yourself, or the "
+                    "step is that many times their mean."
                 )
         before = self.size, self.last, self.each, self.divisor
         self.size, self.last, self.each, self.divisor = size, last, weigh == "each", divisor
@@ -156,7 +157,7 @@ class Accumulation:
         if self.parts and not self.complete:
             raise MTLWeightError(
                 f"accumulate: expected step() after {self.total} micro-batches, found it after {self.count}, which "
-                f"wait for the last one and have no gradient yet. {_LAST}"
+                f"wait for the last one and have no gradient yet (an epoch before this one may have left some). {_LAST}"
             )
 
     def _expect_divided(self) -> int:
@@ -185,6 +186,26 @@ class Accumulation:
                         f"their data, found one that looks for {name!r} outside, where it is another by now. Bind it: "
                         f"lambda {name}={name}: ..."
                     )
+
+
+def expect_own_parts(given: Any) -> None:
+    """Raises if two callables of a list are one function that looks for its data outside: both find the same."""
+    several = given if isinstance(given, (list, tuple)) else ()
+    functions = [inspect.unwrap(one) for one in several if callable(one) and not isinstance(one, Tensor)]
+    seen: dict[Any, Any] = {}
+    for one in functions:
+        if not isinstance(one, FunctionType):
+            continue
+        held = [_contents(cell) for cell in one.__closure__ or ()]
+        held += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
+        key = one.__code__, *map(id, held)
+        if seen.setdefault(key, one) is not one:
+            names = [*one.__code__.co_freevars, *(name for name in _globals(one.__code__) if name in one.__globals__)]
+            raise MTLWeightError(
+                "Losses in parts, or references in a list, come from one callable each: expected callables that hold "
+                f"their data, found two that look for the same outside ({', '.join(names)}), where a loop has left the "
+                "last. Bind what differs: lambda rows=rows: ..."
+            )
 
 
 def _same(a: Any, b: Any) -> bool:

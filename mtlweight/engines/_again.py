@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType
 
 import numpy as np
 import torch
@@ -66,7 +67,9 @@ def as_written(losses: Any) -> Any:
     return run
 
 
-def look_again(losses: Any, plan: Plan, rewind: Callable[[], None], tasks: tuple[str, ...]) -> Given:
+def look_again(
+    losses: Any, plan: Plan, rewind: Callable[[], None], tasks: tuple[str, ...], first: Sequence[ReferenceType[Tensor]]
+) -> Given:
     """The losses of the same batch at the present parameters, evaluated as the first time, and then without a graph.
 
     Random numbers are those of the first time; afterwards buffers and random states are as before the call.
@@ -76,16 +79,23 @@ def look_again(losses: Any, plan: Plan, rewind: Callable[[], None], tasks: tuple
         plan: its modules' buffers are restored.
         rewind: puts the random states back to what they were before the first evaluation.
         tasks: the tasks to keep.
+        first: the losses of the first evaluation.
 
     Raises:
-        MTLWeightError: if one of these has no loss now.
+        MTLWeightError: if one of these has no loss now, or is the tensor of the first evaluation.
     """
     in_parts = isinstance(losses, (list, tuple))
     losses = as_written(losses) if plan.as_written else losses
     closures, plans = (losses, plan.split(len(losses))) if in_parts else ([losses], [plan])
 
     def evaluated(closure: Callable[[], Any], each: Plan) -> dict[str, Tensor]:
-        return {task: loss.detach() for task, loss in each.named(closure(), graph=False).items()}
+        found = each.named(closure(), graph=False)
+        if any(loss is before() for before in first for loss in found.values()):
+            raise MTLWeightError(
+                f"{plan.name} looks at the losses again after the step: expected them to be computed anew, found the "
+                "tensors of the first time. Compute them inside the callable: lambda: losses(model, batch)."
+            )
+        return {task: loss.detach() for task, loss in found.items()}
 
     def again() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         restore = snapshot(plan.modules)

@@ -426,6 +426,8 @@ class Batch:
             finite = values.isfinite().reshape(len(values), -1).all(dim=1)
             bad = [task for task, fine in zip(self.tasks, finite.tolist(), strict=True) if not fine]
             where, todo = "", "Look at its batch, or choose on_nonfinite='skip' or 'drop'."
+            if what == "loss" and values.ndim == 2 and values.isfinite().any(dim=1).any():
+                todo = f"If its samples have no label there, give them a finite one and pass mask=.... {todo}"
             sick = next((p for p in self._plan.trainable if not p.isfinite().all()), None)
             if sick is not None:
                 where, todo = f", which {self._plan.called(sick)} holds itself", "Go back to a checkpoint."

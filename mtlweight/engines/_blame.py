@@ -14,10 +14,12 @@ Hidden: TypeAlias = list[tuple[str, Tensor, Tensor]]
 """Task, mask ``[b]`` and losses ``[b]`` as they were before the mask; read only where something is not finite."""
 
 
-def behind_masks(hidden: Hidden) -> str:
-    """What to do, if it may come from samples without a label; else empty."""
+def behind_masks(hidden: Hidden, *, sure: bool = False) -> str:
+    """What to do, if it may come from samples without a label; else empty. ``sure``: if it does for sure."""
     masked = [(task, mask, loss) for task, mask, loss in hidden if not mask.all()]
     bad = [task for task, mask, loss in masked if not (loss.isfinite() | mask.to(loss.device)).all()]
+    if sure and not bad:
+        return ""
     names = dict.fromkeys(bad or [task for task, *_ in masked])
     if not names:
         return ""

@@ -24,7 +24,8 @@ _DIFFERENCE = 0.01
 _FREED = (
     "The losses' graph was freed by an earlier backward or combine: expected a fresh graph, found a used one. Compute "
     "the losses again before each combine, or pass them as a callable. If something of your own goes back through the "
-    "same graph, such as a term that you add to the scalar, call combine(..., retain_graph=True)."
+    "same graph, such as a term that you add to the scalar, call combine(..., retain_graph=True), or pass the term as "
+    "penalty=... to the optimizer."
 )
 _DONATED = (
     "The backward of a compiled model overwrites what its forward saved ('donated buffers'), so that it cannot run "

@@ -20,7 +20,7 @@ Gradients = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor | None]]
 _MEASURED = (
     "The step's gradients were measured before this backward and have no graph of their own: expected backward() "
     "without create_graph=True, found it. For second derivatives, call combine(..., retain_graph=True): its backward "
-    "goes through the losses' graph, with the weights as constants."
+    "goes through the losses' graph, with the weights as constants (weights per gradient entry have none)."
 )
 
 

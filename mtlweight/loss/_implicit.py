@@ -11,7 +11,8 @@ from torch import Tensor
 def implicit_step(s: Tensor, losses: Tensor, step_size: float) -> Tensor:
     """The root ``s'`` of ``s' = s - η (1 - exp(-s') ℓ)`` for each task.
 
-    For small ``η`` it equals a step of gradient descent on ``exp(-s) ℓ + s``, and it never overshoots ``log ℓ``.
+    For small ``η`` it equals a step of gradient descent on ``exp(-s) ℓ + s``, and it never overshoots ``log ℓ``. At a
+    loss of exactly 0, where the objective has no minimum, ``s`` rests.
 
     Args:
         s: log-variances, ``[m]``.
@@ -23,7 +24,7 @@ def implicit_step(s: Tensor, losses: Tensor, step_size: float) -> Tensor:
     """
     # One after the other: for few numbers an operation on a tensor takes longer than all of this.
     pairs = zip(s.tolist(), losses.tolist(), strict=True)
-    roots = [_root(x, loss, step_size) if loss > 0 else x - step_size for x, loss in pairs]
+    roots = [_root(x, loss, step_size) if loss > 0 else x for x, loss in pairs]
     return torch.tensor(roots, dtype=s.dtype, device=s.device)
 
 

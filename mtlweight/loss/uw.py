@@ -42,7 +42,8 @@ class UW(Weighting):
     tensor([1., 1.])
 
     *Differs from the paper*: both terms are doubled (``ℓ + log σ²`` for ``ℓ/2 + log σ``), as in common use; the minimum
-    is the same.
+    is the same. At a loss of exactly 0, as of a constraint that is met, there is no minimum, and ``s`` rests: it would
+    fall for ever, and the weight grow beyond any number.
 
     References:
         Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018, arXiv 1705.07115,

@@ -700,3 +700,40 @@ def test_the_table_names_each_case_once():
 
 def test_a_checkpoint_has_everything_that_loading_asks_for():
     assert {*checkpoint_of(UW())[KEY]} == {*CONTENT}
+
+
+def test_a_wrapped_optimizer_is_not_wrapped_again():
+    optimizer = wrap(Problem(), UW())
+    with pytest.raises(MTLWeightError, match=r"wrapped already.*Wrap its \.optimizer.*UW\(.*\) >> MGDA\(\)"):
+        MultiTaskOptimizer(optimizer, MGDA())
+
+
+@pytest.mark.parametrize("what", ["losses", "references"])
+def test_a_list_of_callables_that_all_look_at_the_loops_variable_is_an_error_that_names_it(what):
+    p = Problem()
+    optimizer = wrap(p, UW(), shared=p.encoder)
+    before = p.everything(optimizer)
+    call = p.samples if what == "losses" else p.reference
+    late = [lambda: call(k) for k in range(3)]  # noqa: B023  # the fault itself
+    bound = [lambda k=k: p.samples(k) for k in range(3)]
+    given = {"losses": late} if what == "losses" else {"losses": bound, "reference": late}
+    with pytest.raises(MTLWeightError, match=r"look for the same outside \(call, k\).*lambda rows=rows"):
+        optimizer.combine(**given)
+    assert same(p.everything(optimizer), before)
+    optimizer.combine(bound, reference=[lambda k=k: p.reference(k) for k in range(3)])
+
+
+@pytest.mark.parametrize("policy", ["skip", "drop"])
+@pytest.mark.parametrize("by", [UW(), MGDA()], ids=repr)
+def test_steps_that_a_nan_under_a_mask_costs_are_warned_of_once_with_the_remedy(by, policy):
+    p = Problem()
+    optimizer = wrap(p, by, shared=p.encoder, on_nonfinite=policy)
+    mask = {"right": torch.tensor([True, False, True, True, True, True])}
+
+    def losses(k):
+        found = p.samples(k)
+        return {**found, "right": torch.where(mask["right"], found["right"], found["right"] * torch.nan)}
+
+    with pytest.warns(UserWarning, match=r"skipped, or a task dropped.*without a label.*right.*torch\.where"):
+        step(optimizer, losses(0), mask=mask)
+    step(optimizer, losses(1), mask=mask)  # and no warning, since warnings are errors

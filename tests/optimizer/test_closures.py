@@ -356,7 +356,17 @@ def test_the_weights_that_adam_learned_are_kept_by_lbfgs_after_it():
     assert lbfgs.report.task_weights == adam.report.task_weights
 
 
-@pytest.mark.parametrize(("by", "found"), [(UW(), "no step so far"), (SLGrad("left"), "weights per sample")])
+def test_negative_weights_have_no_minimum_and_are_not_frozen():
+    p = Problem()
+    optimizer = wrap(p, Constant({"left": 1.0, "right": -0.5}))
+    step(optimizer, p.losses())
+    with pytest.raises(MTLWeightError, match=r"weights >= 0, found \{'right': -0.5\}.*no minimum"):
+        optimizer.frozen()
+
+
+@pytest.mark.parametrize(
+    ("by", "found"), [(UW(), "none since the start or the load"), (SLGrad("left"), "weights per sample")]
+)
 def test_weights_that_there_are_not_or_that_belong_to_their_batch_cannot_be_frozen(by, found):
     p = Problem()
     optimizer = wrap(p, by, shared=p.encoder)

@@ -359,3 +359,13 @@ def test_between_renewals_every_neither_looks_again_nor_learns(each):
     while "kept" not in state:
         state = state["0"]
     assert values(state["0"]["logit"]) == {"left": 0.0, "right": 0.0}
+
+
+def test_a_callable_that_returns_the_tensors_of_its_first_call_is_an_error_after_the_step_is_committed():
+    p = Problem()
+    optimizer = wrap(p, FAMO())
+    computed = p.losses()
+    optimizer.combine(lambda: computed).backward()
+    with pytest.raises(MTLWeightError, match="computed anew, found the tensors of the first time"):
+        optimizer.step()
+    assert optimizer.report.step == 1

@@ -118,6 +118,46 @@ def test_a_step_that_a_gradient_scaler_skips_is_not_warned_of():
     assert optimizer.report.uncommitted == 0
 
 
+def test_a_sum_of_two_combines_is_warned_of_though_its_backward_comes_late():
+    p = Problem()
+    optimizer = wrap(p, Counting())
+    scalar = optimizer.combine(p.losses(0)) + optimizer.combine(p.losses(1))
+    with pytest.warns(UserWarning, match="combine was called again before step"):
+        scalar.backward()
+    optimizer.step()
+    assert (optimizer.report.step, optimizer.report.uncommitted) == (1, 1)
+
+
+def test_a_sum_of_micro_batches_that_are_weighed_each_loses_nothing():
+    p = Problem()
+    optimizer = wrap(p, Counting())
+    with optimizer.accumulate(2, weigh="each"):
+        scalar = optimizer.combine(p.losses(0)) + optimizer.combine(p.losses(1))
+    scalar.backward()
+    optimizer.step()
+    assert optimizer.report.uncommitted == 0
+
+
+def test_a_second_backward_through_a_committed_scalar_is_not_counted():
+    p = Problem()
+    optimizer = wrap(p, Counting())
+    scalar = optimizer.combine(p.losses())
+    scalar.backward(retain_graph=True)
+    optimizer.zero_grad()
+    optimizer.step()
+    optimizer.combine({"left": p.model.encoder[0].bias.sum()})
+    torch.autograd.grad(scalar, p.model.encoder[0].bias, allow_unused=True)
+    assert optimizer.report.uncommitted == 0
+
+
+def test_a_combine_for_looking_between_backward_and_step_is_warned_of():
+    p = Problem()
+    optimizer = wrap(p, UW())
+    backward(optimizer, p)
+    with pytest.warns(UserWarning, match=r"commits the later one alone.*to look at other losses, do not call combine"):
+        optimizer.combine(p.losses(1))
+
+
 # The wrapped optimizer's methods
 
 

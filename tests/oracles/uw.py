@@ -23,7 +23,7 @@ def weights(steps, generators, step_size=0.02, initial=0.0):
 
 def implicit_step(s, loss, step_size):
     if loss == 0:
-        return s - step_size
+        return s  # the objective has no minimum there
     # The slope is -η (1 - exp(-s) ℓ) at s' = s and (s - log ℓ) at s' = log ℓ: of opposite sign, so the root is between.
     low, high = min(s, math.log(loss)), max(s, math.log(loss))
     for _ in range(200):

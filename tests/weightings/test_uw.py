@@ -78,8 +78,8 @@ def test_losses_at_the_ends_of_float64_are_fine_too(loss):
     assert step(0.0, loss, 1e6) == pytest.approx(math.log(loss), rel=1e-2)
 
 
-def test_a_loss_of_zero_pulls_at_the_rate_of_the_step_size():
-    assert step(1.0, 0.0, 0.25) == 0.75
+def test_the_log_variance_of_a_loss_of_zero_rests():
+    assert run(UW(0.25, initial=1.0), [0.0], 1000)[1].item() == 1.0
 
 
 def test_tasks_do_not_see_each_other():
