@@ -141,7 +141,8 @@ class Batch:
             raise MTLWeightError(
                 "engine='features' found no shared representation in the losses' graph: expected the modules in "
                 "shared=... to be called with gradients enabled since the last step, found none of their outputs (a "
-                "compiled model does not show it). Call them through their forward, or use engine='rows'."
+                "compiled model does not show it, and a slice of a Sequential is a new module). Call them through "
+                "their forward, or use engine='rows'."
             )
         return self._checked(measured)
 
