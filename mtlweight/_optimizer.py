@@ -55,6 +55,16 @@ Penalty = Callable[[Mapping[str, Tensor], View, Any], Tensor]
 
 
 @dataclass
+class _Use:
+    """What has become of one scalar. Its hook holds this and nothing else of the step."""
+
+    remembers: bool = False  # whether the weighting has a state that would be lost
+    backward: bool = False  # whether one has gone through it
+    behind: bool = False  # whether the wrapped optimizer was stepped then, though not by this one
+    done: bool = False  # whether it was committed, or the next one goes on from it
+
+
+@dataclass
 class _Pending:
     """What ``step`` will commit."""
 
@@ -68,9 +78,7 @@ class _Pending:
     skip: bool = False
     hidden: Hidden = field(default_factory=list)
     observe: Callable[[], Given] | None = None
-    writes: int = 0  # to the parameters, by then
-    used: bool = False  # whether a backward has gone through the scalar
-    done: bool = False  # whether it was committed, or the next one goes on from it
+    use: _Use = field(default_factory=_Use)
 
 
 @dataclass
@@ -92,12 +100,10 @@ class _Closure:
     Args:
         decided: in the first evaluation, by each call of ``combine``.
         calls: how many there were in this evaluation.
-        start: the parameters before the step, if the weights have no objective.
     """
 
     decided: list[_Decision] = field(default_factory=list)
     calls: int = 0
-    start: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass
@@ -122,6 +128,8 @@ class _Record:
     memory: State = field(default_factory=dict)
     pending: _Pending | None = None
     closure: _Closure | None = None
+    stepping: bool = False
+    searches: bool = False
     accumulation: Accumulation = field(default_factory=Accumulation)
     report: Report = field(default_factory=Report)
     skipped: int = 0
@@ -179,7 +187,8 @@ class MultiTaskOptimizer(Optimizer):
             belong to shared parameters alone; heads are unweighted then.
         on_nonfinite: what to do if a loss or a gradient is not finite: ``"raise"``; ``"skip"`` the step; or ``"drop"``
             the task from this batch, and skip the step where no single task is to blame: a bad gradient has a task's
-            name only if the weighting reads gradients. Skipped and dropped are counted in :attr:`report`.
+            name only if the weighting reads gradients. Skipped and dropped are counted in :attr:`report`. At a later
+            evaluation in ``step(closure)`` parameters have moved: that raises, whatever was chosen.
         seed: seed of random weightings, together with the step. Default ``None``: torch's, ``torch.initial_seed()`` at
             the first :meth:`combine`; of several processes the first one's.
         penalty: an objective beside the losses that no weighting weighs: a function of the losses (with their graph),
@@ -302,6 +311,8 @@ class MultiTaskOptimizer(Optimizer):
         r = self._record
         for given in (losses, reference):
             expect_own_parts(given)
+        if retain_graph:
+            self._expect_one_graph(losses)
         with full_precision() as as_outside:
             weigh = functools.partial(self._combine, environments, as_outside(r.penalty), retain_graph)
             return r.accumulation.take(weigh, self.param_groups, as_outside(losses), as_outside(reference), mask)
@@ -343,16 +354,15 @@ class MultiTaskOptimizer(Optimizer):
         self, environments: Any, penalty: Penalty | None, ordinary: bool, losses: Any, reference: Any, mask: Any
     ) -> Tensor:
         r = self._record
-        if ordinary:
-            self._expect_one_graph(losses)
         if r.closure is not None:
+            self._expect_objective(r.closure)
             r.closure.calls += 1
             if r.closure.calls <= len(r.closure.decided):
                 decided = r.closure.decided[r.closure.calls - 1]
                 return self._evaluate_again(decided, environments, penalty, losses, reference, mask)
         start = r.pending if r.accumulation.continues else None
         if start is not None:
-            start.done = True
+            start.use.done = True
         elif r.closure is None:
             self._notice_uncommitted()
         start = start or _Pending(r.state, None, r.tasks, r.memory, r.seed, r.uses)
@@ -363,7 +373,7 @@ class MultiTaskOptimizer(Optimizer):
                 "that reads environments, such as Invariance().on(selector), or leave environments out."
             )
         plan = self._plan(start, mask, ordinary=ordinary)
-        rewind = snapshot([]) if r.weighting.observes_at(r.step) else None
+        rewind = snapshot(plan.modules) if r.weighting.observes_at(r.step) else None
         if rewind is not None and not deferred(losses):
             raise MTLWeightError(
                 f"{plan.name} looks at the losses again after the step: expected losses as a callable, found computed "
@@ -411,32 +421,18 @@ class MultiTaskOptimizer(Optimizer):
         tasks, seed, gone = tuple(plan.agreed.tasks), plan.agreed.seed, start.dropped + dropped
         r.pending = _Pending(state, report, tasks, plan.memory, seed, plan.uses, gone, start.skip, plan.hidden)
         if rewind is not None:
-            first = [weakref.ref(loss) for loss in batch.graphs.values()]
-            r.pending.observe = lambda: look_again(losses, plan, rewind, batch.tasks, first)
+            present, first = batch.tasks, [weakref.ref(loss) for loss in batch.graphs.values()]
+            r.pending.observe = lambda: look_again(losses, plan, rewind, present, first)
         self._watch_use(r.pending, scalar)
         if r.closure is None:
             return scalar
         r.closure.decided.append(_Decision(weights, writes, batch.tasks, batch.losses().shape, dropped, start))
-        if objective is None or r.heads == "unweighted" or r.outer:
-            r.closure.start = [(p, p.detach().clone()) for p in plan.trainable]
-            return scalar
-        return _valued(scalar, objective, batch, added)
+        return scalar if self._no_objective() else _valued(scalar, objective, batch, added)
 
     def _evaluate_again(
         self, decided: _Decision, environments: Any, penalty: Penalty | None, losses: Any, reference: Any, mask: Any
     ) -> Tensor:
         """The objective at another point of the same step, with the weights that its first evaluation decided."""
-        r = self._record
-        if r.closure is not None and r.closure.start:
-            with torch.no_grad():
-                for p, value in r.closure.start:
-                    p.copy_(value)
-            raise MTLWeightError(
-                f"{type(r.optimizer).__name__} evaluates its closure more than once a step, and compares the values: "
-                "expected weights that have an objective, found weights per gradient entry, heads='unweighted' or "
-                "outer=..., whose gradients are those of no one objective. The parameters are as before the step. Use "
-                "weights per task or per sample, or an optimizer that evaluates the closure once."
-            )
         plan = self._plan(decided.start, mask, ordinary=True, needs=Needs.NOTHING)
         batch = read(losses, reference, plan)
         batch = batch.without([task for task in batch.tasks if task in decided.dropped])
@@ -445,7 +441,8 @@ class MultiTaskOptimizer(Optimizer):
             raise MTLWeightError(
                 "Weights are decided once in step(closure) and hold for all evaluations of the closure: expected the "
                 f"losses of the first one ({', '.join(decided.tasks)}, of shape {list(decided.shape)}), found others "
-                f"({', '.join(tasks)}, of shape {list(shape)}). Draw the batch outside of the closure."
+                f"({', '.join(tasks)}, of shape {list(shape)}), after parameters had moved. Draw the batch outside of "
+                "the closure."
             )
         weights = decided.weights[[decided.tasks.index(task) for task in tasks]]
         added = None if penalty is None else batch.penalty(penalty, plan.view(batch), environments)
@@ -494,8 +491,9 @@ class MultiTaskOptimizer(Optimizer):
 
         Raises:
             NonFiniteError: if a gradient is not finite and ``on_nonfinite="raise"``. Nothing has changed then.
-            MTLWeightError: if the closure is evaluated again, and the weights have no objective: weights per gradient
-                entry, ``heads="unweighted"``, ``outer``. The parameters are as before.
+            MTLWeightError: if the optimizer evaluates the closure again, and the weights have no objective: weights per
+                gradient entry, ``heads="unweighted"``, ``outer``. Under L-BFGS nothing has changed then; other
+                optimizers are known to do so only once they have moved.
         """
         r = self._record
         evaluations, rewind = 0, r.accumulation.mark()
@@ -505,6 +503,7 @@ class MultiTaskOptimizer(Optimizer):
             if r.closure is not None:
                 r.closure.calls = 0
             if evaluations:
+                r.searches = True
                 rewind()
             try:
                 loss = closure() if closure is not None else None
@@ -522,6 +521,7 @@ class MultiTaskOptimizer(Optimizer):
             evaluations += 1
             return loss
 
+        r.stepping = True
         try:
             if closure is None:
                 checked()
@@ -534,10 +534,12 @@ class MultiTaskOptimizer(Optimizer):
             self._commit(skipped=True)
             return None
         finally:
-            r.closure = None
-        if r.capture is not None:
-            r.capture.clear()
-        self._commit()
+            r.closure, r.stepping = None, False
+        try:
+            self._commit()
+        finally:
+            if r.capture is not None:
+                r.capture.clear()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -614,14 +616,14 @@ class MultiTaskOptimizer(Optimizer):
             heads=r.heads,
             list_shared=lambda: None if r.shared is None else parameters(r.shared, without=outer),
             outer=outer,
-            keep_graph=r.penalty is not None or ordinary,
+            penalised=r.penalty is not None,
             ordinary=ordinary,
             optimizer=r.optimizer,
             modules=self._modules(),
             capture=r.capture,
             agreed=agreed,
             mask=mask,
-            hidden=start.hidden,
+            hidden=[*start.hidden],
             memory={**start.memory},
             state=start.state,
             view=lambda batch: View(batch, step=r.step, seed=agreed.seed),
@@ -638,6 +640,15 @@ class MultiTaskOptimizer(Optimizer):
 
     def _watch(self) -> None:
         r = self._record
+        known = weakref.ref(r)  # the hook is the wrapped optimizer's, which may outlive this one
+
+        def stepped(*_: Any) -> None:
+            record = known()
+            if record is not None and record.pending is not None and not record.stepping:
+                record.pending.use.behind = True
+
+        if hasattr(r.optimizer, "_optimizer_step_post_hooks"):
+            r.optimizer.register_step_post_hook(stepped)
         if r.engine != "features":
             return
         modules = [part for part in r.shared or [] if isinstance(part, nn.Module)]
@@ -648,23 +659,35 @@ class MultiTaskOptimizer(Optimizer):
             )
         r.capture = Capture(modules)
 
-    def _expect_one_graph(self, losses: Any) -> None:
+    def _no_objective(self) -> str | None:
+        """What makes the step the gradient of no one objective, if anything does."""
         r = self._record
-        found = (
-            "losses in parts, each of whose graphs is freed before the next"
-            if isinstance(losses, (list, tuple))
-            else "weights per gradient entry"
-            if r.weighting.writes == "entry"
-            else "heads='unweighted'"
-            if r.heads == "unweighted"
-            else "outer=..."
-            if r.outer
-            else None
-        )
+        if r.weighting.writes == "entry":
+            return "weights per gradient entry"
+        return "heads='unweighted'" if r.heads == "unweighted" else "outer=..." if r.outer else None
+
+    def _expect_objective(self, closure: _Closure) -> None:
+        """Raises if a closure is evaluated more than once without an objective: at once, if that is known before."""
+        r, found = self._record, self._no_objective()
+        again = closure.calls == 0 and bool(closure.decided)
+        if found is not None and (again or r.searches or isinstance(r.optimizer, torch.optim.LBFGS)):
+            moved = " Parameters have moved already." if again else ""
+            raise MTLWeightError(
+                f"{type(r.optimizer).__name__} evaluates its closure more than once a step, and may compare the "
+                f"values: expected weights that have an objective, found {found}, whose gradients are those of no one "
+                f"objective.{moved} Use weights per task or per sample, or an optimizer that evaluates it once."
+            )
+
+    def _expect_one_graph(self, losses: Any) -> None:
+        accumulation = self._record.accumulation
+        together = accumulation.size is not None and not accumulation.each
+        parts = together or isinstance(losses, (list, tuple))
+        found = "losses in parts, each of whose graphs is freed before the next" if parts else self._no_objective()
         if found is not None:
+            todo = "Leave it out, or accumulate(..., weigh='each')." if together else "Leave it out."
             raise MTLWeightError(
                 "combine(..., retain_graph=True) goes back through the losses' graph with the weights as constants: "
-                f"expected one weighted sum of the losses whose gradient is the step, found {found}. Leave it out."
+                f"expected one weighted sum of the losses whose gradient is the step, found {found}. {todo}"
             )
 
     def _expect_finite(self, weights: Tensor, state: State) -> None:
@@ -701,7 +724,7 @@ class MultiTaskOptimizer(Optimizer):
         r.accumulation.restart()
         if pending is None:
             return
-        pending.done = True
+        pending.use.done = True
         r.dropped.update(pending.dropped)
         if skipped:
             r.skipped += 1
@@ -722,51 +745,50 @@ class MultiTaskOptimizer(Optimizer):
                 r.fallbacks["the losses after the step were not finite: not observed"] += 1
 
     def _watch_use(self, pending: _Pending, scalar: Tensor) -> None:
-        r = self._record
+        use = pending.use
+        use.remembers = next(tensors_of(pending.state or {}), None) is not None
 
         def used(_gradient: Tensor) -> None:
-            late = not pending.used and not pending.done and r.pending is not pending
-            pending.used = True
+            now = self._record.pending
+            late = not (use.backward or use.done) and (now is None or now.use is not use)
+            use.backward = True
             if late:  # another combine has come before this backward
-                self._count_uncommitted(pending, behind=False)
+                self._count_uncommitted(use)
 
         scalar.register_hook(used)
-        pending.writes, r.cleared = self._writes(), False
-
-    def _writes(self) -> int:
-        """How often somebody has written to the parameters."""
-        return sum(p._version for group in self.param_groups for p in group["params"])
+        self._record.cleared = False
 
     def _notice_uncommitted(self) -> None:
         """Counts a pending step whose gradients were used and which nobody committed.
 
-        One that a gradient scaler skips is none of these: no parameter moves, and gradients are cleared.
+        One that a gradient scaler skips is none of these: nobody steps, and gradients are cleared.
         """
         r = self._record
-        if r.pending is None or not r.pending.used:
+        if r.pending is None or not r.pending.use.backward:
             return
-        behind = self._writes() != r.pending.writes
         added = not r.cleared and any(p.grad is not None for group in self.param_groups for p in group["params"])
-        if behind or added:
-            self._count_uncommitted(r.pending, behind)
+        if r.pending.use.behind or added:
+            self._count_uncommitted(r.pending.use)
 
-    def _count_uncommitted(self, pending: _Pending, behind: bool) -> None:
+    def _count_uncommitted(self, use: _Use) -> None:
         """Counts a step that nobody will commit; warns of what is lost, once."""
         r = self._record
         r.uncommitted += 1
-        remembers = next(tensors_of(pending.state or {}), None) is not None
-        if not (behind or remembers):
+        if not (use.behind or use.remembers):
             return
         what, todo = (
-            ("the parameters moved after a combine, but not by this optimizer's step()", "Call step() of this one")
-            if behind
+            (
+                f"{type(r.optimizer).__name__} was stepped after a combine, but not by this optimizer's step()",
+                "Call step() of this one, with a closure where a step takes several evaluations",
+            )
+            if use.behind
             else (
                 "combine was called again before step(), which commits the later one alone",
                 "For micro-batches of one step use accumulate(k), or pass them to combine as a list; to look at other "
                 "losses, do not call combine",
             )
         )
-        lost = f"what {r.weighting!r} learned from the first is lost" if remembers else "the step is not counted"
+        lost = f"what {r.weighting!r} learned from the first is lost" if use.remembers else "the step is not counted"
         self._warn("uncommitted", f"{what}: {lost}. {todo}. Such steps are counted in report.uncommitted.")
 
     def _warn_of_masks(self, hidden: Hidden) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType
@@ -39,6 +40,7 @@ class Accumulation:
         complete: whether the last one has come.
         parts: losses, reference and mask of those that wait.
         scalars: what they returned, whose gradients say what the loop divided them by.
+        warned: whether it was said that the loop divides by something else.
     """
 
     size: int | None = None
@@ -51,6 +53,7 @@ class Accumulation:
     parts: list[tuple[Any, Any, Any]] = field(default_factory=list)
     outside: list[list[tuple[str, Any]]] = field(default_factory=list)
     scalars: list[Tensor] = field(default_factory=list)
+    warned: bool = False
 
     @contextlib.contextmanager
     def within(self, size: int, last: bool | None, weigh: str, divisor: int | None) -> Iterator[None]:
@@ -142,7 +145,7 @@ class Accumulation:
             self.scalars.append(scalar)
             return scalar
         self._expect_own_data()
-        divisor = self._expect_divided()
+        divisor = self._divided()
         each, references, masks = ([*column] for column in zip(*self.parts, strict=True))
         given = [one for one in references if one is not None]
         alone = len(each) == 1
@@ -160,20 +163,23 @@ class Accumulation:
                 f"wait for the last one and have no gradient yet (an epoch before this one may have left some). {_LAST}"
             )
 
-    def _expect_divided(self) -> int:
-        """What the loop divides by; raises if it was seen to divide by another number. A loss scale hides that."""
+    def _divided(self) -> int:
+        """What the loop says that it divides by; warns once if it is seen to do otherwise, which a loss scale hides."""
         assert self.size is not None
         divisor = self.size if self.divisor is None else self.divisor
-        factors = [float(scalar.grad) for scalar in self.scalars if scalar.grad is not None]
+        gradients = [scalar.grad for scalar in self.scalars if scalar.grad is not None]
+        factors = torch.stack(gradients).tolist() if gradients and not self.warned else []
         numbers = [n for n in range(1, self.size + 1) if any(abs(n * factor - 1) < 1e-3 for factor in factors)]
         found = next((n for n in numbers if n != divisor), None)
         if found is not None:
-            self.restart()
-            raise MTLWeightError(
-                f"accumulate: expected a loop that divides each scalar by {divisor}, found one that "
-                f"{f'divides by {found}' if found > 1 else 'does not divide'}, so that gradients would be "
-                f"{divisor / found:g} times too large. Pass divisor={found}: some trainers divide by the number of "
-                "micro-batches in the group, which may be short, and some not at all."
+            self.warned = True
+            warnings.warn(
+                f"mtlweight: accumulate: expected a loop that divides each scalar by {divisor}, found a factor of "
+                f"1/{found} on one. If that is what the loop divides by, gradients are {divisor / found:g} times what "
+                f"they should be: pass divisor={found}, since some trainers divide by the number of micro-batches in a "
+                "group, which may be short, and some not at all. If the factor is your own, or a small loss scale, all "
+                "is well.",
+                stacklevel=5,  # where combine was called
             )
         return divisor
 
@@ -189,7 +195,10 @@ class Accumulation:
 
 
 def expect_own_parts(given: Any) -> None:
-    """Raises if two callables of a list are one function that looks for its data outside: both find the same."""
+    """Raises if two callables of a list are one function that looks for its data outside: both find the same.
+
+    Functions are looked at, as loops and comprehensions make them; no partial functions and no methods.
+    """
     several = given if isinstance(given, (list, tuple)) else ()
     functions = [inspect.unwrap(one) for one in several if callable(one) and not isinstance(one, Tensor)]
     seen: dict[Any, Any] = {}

@@ -56,7 +56,7 @@ def as_written(losses: Any) -> Any:
     """
     if isinstance(losses, (list, tuple)):
         return [as_written(each) for each in losses]
-    if not callable(losses) or isinstance(losses, Tensor) or torch.compiler.is_compiling():
+    if not callable(losses) or isinstance(losses, Tensor):
         return losses
     call: Callable[[], Any] = losses
 

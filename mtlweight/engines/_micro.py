@@ -84,7 +84,7 @@ class MicroBatches(Batch):
     @property
     def graphs(self) -> Mapping[str, Tensor]:
         """The losses of all parts. Each part's graph has been freed."""
-        if self._plan.keep_graph:
+        if self._plan.penalised:
             raise MTLWeightError(
                 "A penalty needs the graph of the whole batch: expected the losses at once, found them in parts. Pass "
                 "one callable."

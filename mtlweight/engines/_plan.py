@@ -47,7 +47,7 @@ class Agreed:
     @classmethod
     def of(cls, tasks: Sequence[str], seed: int | None, processes: Processes | None) -> Agreed:
         """Before the step is read. Several processes tell each other their seeds first; dynamo cannot ask for one."""
-        if seed is None and processes is None and not torch.compiler.is_compiling():
+        if seed is None and processes is None:
             seed = torch.initial_seed()
         return cls([*tasks], seed)
 
@@ -65,7 +65,7 @@ class Plan:
         list_shared: lists the shared parameters that require grad; ``None`` if none were named. Called once at
             most: only where something reads gradients.
         outer: parameters that learn from the reference instead of the losses.
-        keep_graph: whether the losses' graph is needed after the measurements.
+        penalised: whether there is a penalty.
         ordinary: whether the step's backward goes through that graph, with the weights as constants.
         optimizer: the wrapped optimizer, which may be asked for a step ahead.
         modules: modules that the user named and whose parameters the forward engine may swap.
@@ -93,7 +93,7 @@ class Plan:
     heads: str
     list_shared: Callable[[], list[Tensor] | None]
     outer: list[Tensor]
-    keep_graph: bool
+    penalised: bool
     ordinary: bool
     optimizer: Optimizer
     modules: list[nn.Module]
@@ -111,6 +111,11 @@ class Plan:
     warn: Callable[..., None]
     used: list[str] = field(default_factory=list)
     as_written: bool = False
+
+    @property
+    def keep_graph(self) -> bool:
+        """Whether the losses' graph is needed after the measurements."""
+        return self.penalised or self.ordinary
 
     @property
     def tasks(self) -> list[str]:

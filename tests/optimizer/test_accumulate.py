@@ -243,26 +243,33 @@ def test_whatever_the_loop_divides_by_the_step_is_the_whole_batchs_if_it_says_so
         same_numbers(p.parameters(), q.parameters(), rtol=1e-7)
 
 
-def for_each(optimizer, parts, count, divide):
+def for_each(optimizer, parts, count, factor):
     """A loop that does not say what it divides by."""
+    optimizer.zero_grad()
     for i, part in enumerate(parts):
         with optimizer.accumulate(count, last=i + 1 == len(parts)):
             scalar = optimizer.combine(part)
-        (scalar / divide).backward()
+        (factor * scalar).backward()
+    optimizer.step()
 
 
 @pytest.mark.parametrize(("count", "divide"), [(3, 1), (3, 2), (4, 3), (4, 2)])
-def test_a_loop_that_divides_by_another_number_than_it_says_is_seen_and_nothing_changes(count, divide):
+def test_a_loop_that_divides_by_another_number_than_it_says_is_warned_of_once(count, divide):
     p = Problem()
     (optimizer,) = optimizers(MGDA(), p)
-    parts = micro_batches(p)
-    before = p.everything(optimizer)
-    found = "does not divide" if divide == 1 else f"divides by {divide}"
-    message = rf"divides each scalar by {count}, found one that {found}.*divisor={divide}"
-    with pytest.raises(MTLWeightError, match=message):
-        for_each(optimizer, parts, count, divide)
-    assert same(p.everything(optimizer), before)
-    accumulated(optimizer, parts, divide=divide, divisor=divide)
+    message = rf"divides each scalar by {count}, found a factor of 1/{divide}.*divisor={divide}"
+    with pytest.warns(UserWarning, match=message) as caught:
+        for_each(optimizer, micro_batches(p), count, 1 / divide)
+    assert caught[0].filename == __file__
+    for_each(optimizer, micro_batches(p), count, 1 / divide)  # and no warning, since warnings are errors
+    assert optimizer.report.step == 2
+
+
+@pytest.mark.parametrize("factor", [1024 / 3, 3.0, 2 / 3, 0.4])
+def test_factors_that_no_loop_divides_by_are_not_warned_of(factor):
+    p = Problem()
+    (optimizer,) = optimizers(MGDA(), p)
+    for_each(optimizer, micro_batches(p), 3, factor)
     assert optimizer.report.step == 1
 
 

@@ -284,10 +284,20 @@ def test_weights_without_an_objective_are_an_error_once_a_closure_is_evaluated_a
         with_closure(optimizer, p, 0, combine)
     assert same(p.parameters(), before)
     assert optimizer.report.step == 0
-    adam = MultiTaskOptimizer(torch.optim.Adam(p.model.parameters()), weighting, shared=p.encoder, **options)
-    optimizer = adam
-    with_closure(adam, p, 0, combine)
-    assert adam.report.step == 1
+    optimizer = MultiTaskOptimizer(torch.optim.Adam(p.model.parameters()), weighting, shared=p.encoder, **options)
+    with_closure(optimizer, p, 0, combine)
+    assert optimizer.report.step == 1
+
+
+def test_an_unknown_optimizer_that_evaluates_again_without_an_objective_is_refused_from_then_on():
+    p = Problem()
+    optimizer = MultiTaskOptimizer(Probing(p.model.parameters(), lr=0.1), GradDrop(), shared=p.encoder)
+    with pytest.raises(MTLWeightError, match=r"Probing evaluates its closure.*Parameters have moved already"):
+        with_closure(optimizer, p, 0, optimizer.combine)
+    before = p.parameters()
+    with pytest.raises(MTLWeightError, match=r"Probing evaluates its closure.*no one objective\. Use"):
+        with_closure(optimizer, p, 0, optimizer.combine)
+    assert same(p.parameters(), before)
 
 
 def test_other_losses_in_a_later_evaluation_are_an_error():

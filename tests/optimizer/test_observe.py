@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mtlweight import DWA, FAMO, MTLWeightError, MultiTaskOptimizer, Needs, PCGrad, Weighting, ema, every
+from mtlweight import DWA, FAMO, MGDA, MTLWeightError, MultiTaskOptimizer, Needs, PCGrad, Weighting, ema, every
 from tests.optimizer.problems import Problem, own, plain_step, same, step, wrap
 
 
@@ -369,3 +369,39 @@ def test_a_callable_that_returns_the_tensors_of_its_first_call_is_an_error_after
     with pytest.raises(MTLWeightError, match="computed anew, found the tensors of the first time"):
         optimizer.step()
     assert optimizer.report.step == 1
+
+
+class Advancing(torch.nn.Module):
+    """Its output depends on a buffer that it changes, as with spectral norms and codebooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * (1 + 1 / self.calls)
+
+
+def test_the_losses_after_a_step_are_seen_with_the_buffers_that_the_first_ones_began_with():
+    p = Problem()
+    p.encoder.append(Advancing())
+    seen = []
+
+    def losses():
+        found = p.losses()
+        seen.append([float(loss.detach()) for loss in found.values()])
+        return found
+
+    optimizer = MultiTaskOptimizer(p.sgd(lr=0.0), FAMO(), shared=p.encoder, model=p.model)
+    for k in range(3):
+        step(optimizer, losses)
+        assert seen[-1] == seen[-2]
+        assert float(p.encoder[-1].calls) == k + 1
+
+
+def test_the_look_after_a_step_leaves_no_graph_in_the_record_of_the_representation():
+    p = Problem()
+    optimizer = wrap(p, FAMO() >> MGDA(), shared=p.encoder, engine="features")
+    step(optimizer, p.losses)
+    assert optimizer._record.capture.take() == []

@@ -1,13 +1,15 @@
 """Steps that nobody commits are noticed, and the wrapped optimizer's own methods can be reached."""
 
 import copy
+import gc
 import itertools
 import warnings
+import weakref
 
 import pytest
 import torch
 
-from mtlweight import DWA, MGDA, UW, Equal, MultiTaskOptimizer, every
+from mtlweight import DWA, FAMO, MGDA, UW, Equal, MultiTaskOptimizer, every
 from tests.optimizer.problems import Counting, Problem, own, same, step, wrap
 
 
@@ -47,11 +49,25 @@ def test_a_weighting_without_a_state_loses_nothing_and_is_counted_alone():
     assert optimizer.report.uncommitted == 1
 
 
+class Unseen(torch.optim.Optimizer):
+    """Writes to the parameters in a way that autograd does not notice, as many published optimizers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data.add_(p.grad.data, alpha=-0.1)
+
+
 @pytest.mark.parametrize("weighting", [Counting(), Equal()], ids=repr)
 @pytest.mark.parametrize("cleared", [True, False])
-def test_a_step_of_the_wrapped_optimizer_behind_ours_is_warned_of_once_and_counted(weighting, cleared):
+@pytest.mark.parametrize("unseen", [True, False])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_step_of_the_wrapped_optimizer_behind_ours_is_warned_of_once_and_counted(weighting, cleared, unseen, copied):
     p = Problem()
-    optimizer = wrap(p, weighting)
+    optimizer = MultiTaskOptimizer(Unseen(p.model.parameters()) if unseen else p.sgd(), weighting)
+    p, optimizer = copy.deepcopy((p, optimizer)) if copied else (p, optimizer)
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
         for k in range(3):
@@ -60,7 +76,7 @@ def test_a_step_of_the_wrapped_optimizer_behind_ours_is_warned_of_once_and_count
             if cleared:
                 optimizer.zero_grad()
     (message,) = warned(record)
-    assert "not by this optimizer's step()" in message
+    assert f"{type(optimizer.optimizer).__name__} was stepped after a combine, but not by this optimizer's" in message
     assert "Call step() of this one" in message
     assert (optimizer.report.step, optimizer.report.uncommitted) == (0, 2)  # the last one may still be committed
 
@@ -105,7 +121,7 @@ def test_whatever_ends_in_a_step_or_without_gradients_is_not_warned_of(first, se
     assert optimizer.report.uncommitted == 0
 
 
-def test_a_step_that_a_gradient_scaler_skips_is_not_warned_of():
+def test_a_step_that_a_gradient_scaler_skips_is_not_warned_of_though_somebody_clamps_parameters():
     p = Problem(dtype=torch.float32)
     optimizer = wrap(p, Counting())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -114,6 +130,8 @@ def test_a_step_that_a_gradient_scaler_skips_is_not_warned_of():
         scaler.scale(optimizer.combine(p.losses(k))).backward()
         scaler.step(optimizer)
         scaler.update()
+        with torch.no_grad():
+            p.encoder[0].weight.clamp_(-1, 1)
     assert optimizer.report.step < 3
     assert optimizer.report.uncommitted == 0
 
@@ -156,6 +174,27 @@ def test_a_combine_for_looking_between_backward_and_step_is_warned_of():
     backward(optimizer, p)
     with pytest.warns(UserWarning, match=r"commits the later one alone.*to look at other losses, do not call combine"):
         optimizer.combine(p.losses(1))
+
+
+def test_a_scalar_that_is_kept_keeps_nothing_of_its_step():
+    p = Problem()
+    optimizer = wrap(p, FAMO() >> MGDA(), shared=p.encoder)
+
+    class Data:
+        """What a callable holds."""
+
+    kept, seen = [], []
+    for k in range(2):
+        data = Data()
+        seen.append(weakref.ref(data))
+        optimizer.zero_grad()
+        loss = optimizer.combine(lambda data=data, k=k: p.losses(k) if data else None)
+        kept.append(loss)
+        loss.backward()
+        optimizer.step()
+    del data
+    gc.collect()
+    assert all(reference() is None for reference in seen)
 
 
 # The wrapped optimizer's methods
