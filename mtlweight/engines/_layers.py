@@ -6,8 +6,7 @@ A backward then stops at such a layer's output and hands over the gradient there
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,6 @@ from mtlweight.engines._graph import Backward, leaf_of
 
 WIDE = 1 << 16
 """The weights of linear layers count from so many numbers on: with fewer there is little to win."""
-PATCHES = 1 << 23
-"""Numbers in the patches of images: with more they would take a good part of a step's memory."""
 
 
 @dataclass(frozen=True)
@@ -87,51 +84,6 @@ def made(gradient: Tensor | Factors) -> Tensor:
     return gradient.dense if isinstance(gradient, Factors) else gradient
 
 
-class GrayConvolution:
-    """A convolution of images with one channel, on the CPU.
-
-    Its kernels are made for many channels. The gradient of the weight is the product of ``δ`` with all patches of the
-    images, which takes less time, and the patches are the same for every ``δ``.
-
-    Args:
-        x: ``[b, 1, H, W]``.
-        weight: ``[out, 1, h, w]``.
-        stride: of rows and of columns.
-        padding: likewise.
-    """
-
-    def __init__(self, x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> None:
-        self._x, self._weight, self._stride, self._padding = x, weight, stride, padding
-
-    @functools.cached_property
-    def _patches(self) -> Tensor:
-        """``[h w, b H' W']``."""
-        (h, w), (rows, columns) = self._weight.shape[2:], self._padding
-        image = torch.nn.functional.pad(self._x[:, 0], (columns, columns, rows, rows))
-        windows = image.unfold(1, h, self._stride[0]).unfold(2, w, self._stride[1])
-        return windows.permute(3, 4, 0, 1, 2).reshape(h * w, -1)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the patches take little memory."""
-        sizes = zip(self._x.shape[2:], self._weight.shape[2:], self._stride, self._padding, strict=True)
-        places = [(size + 2 * padding - window) // stride + 1 for size, window, stride, padding in sizes]
-        return len(self._x) * math.prod(places) * self._weight[0].numel() <= PATCHES
-
-    def weight_gradient(self, delta: Tensor) -> Tensor:
-        """That of the weight, from ``δ``, ``[b, out, H', W']``."""
-        flat = delta.transpose(0, 1).reshape(len(self._weight), -1)
-        return (flat @ self._patches.T.to(flat.dtype)).view(self._weight.shape)
-
-    def bias_gradient(self, delta: Tensor) -> Tensor:
-        """That of the bias: the kernel that makes it makes the weight's, too."""
-        return delta.sum(dim=(0, 2, 3))
-
-
-Stops = Mapping[int, tuple[GradientEdge, Callable[[Tensor], Tensor]]]
-"""By the place of an input: where the backward may stop, and what makes the input's gradient of the one there."""
-
-
 def linear_layers(graph: Backward, inputs: Sequence[Tensor], wanted: Callable[[Linear], bool]) -> dict[int, Linear]:
     """The linear layers that are wanted, if their weight is among the inputs and has no other use in the graph."""
     found = {}
@@ -152,26 +104,6 @@ def linear_layers(graph: Backward, inputs: Sequence[Tensor], wanted: Callable[[L
                 layer = Linear(GradientEdge(node, 0), x, inputs[k])
                 if wanted(layer):
                     found[k] = layer
-    return found
-
-
-def gray_convolutions(graph: Backward, inputs: Sequence[Tensor]) -> Stops:
-    """The weights and biases of convolutions of images with one channel, on the CPU."""
-    found: dict[int, tuple[GradientEdge, Callable[[Tensor], Tensor]]] = {}
-    for k, leaf, user in _used_once(graph, inputs, lambda p: p.ndim == 4 and p.shape[1] == 1 and p.is_cpu):
-        if user.name() != "ConvolutionBackward0" or user.next_functions[1][0] is not leaf:
-            continue
-        node: Any = user
-        plain = not node._saved_transposed and node._saved_groups == 1 and set(node._saved_dilation) == {1}
-        x = _saved(node, "input") if plain else None
-        if x is None or x.dtype not in (torch.float32, torch.float64):
-            continue
-        layer, edge = GrayConvolution(x, inputs[k], node._saved_stride, node._saved_padding), GradientEdge(node, 0)
-        summed = node.next_functions[2][0]
-        biases = [] if summed is None else [j for j, p in enumerate(inputs) if p is leaf_of(summed)]
-        if layer.fits and (summed is None or (biases and len(graph.users[summed]) == 1)):
-            found[k] = edge, layer.weight_gradient
-            found.update((j, (edge, layer.bias_gradient)) for j in biases)
     return found
 
 

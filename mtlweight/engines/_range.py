@@ -11,7 +11,6 @@ from torch.autograd.graph import GradientEdge
 
 from mtlweight._statistics import all_finite, cast
 from mtlweight.engines._grad import grad
-from mtlweight.engines._layers import Stops
 
 Gradients = tuple[Tensor | None, ...]
 """One an input; ``None`` where there is none."""
@@ -41,7 +40,6 @@ def gradient(
     keep_graph: bool,
     narrow: bool,
     check: bool = True,
-    stops: Stops | None = None,
 ) -> Gradients:
     """The gradients of a scalar with respect to all inputs; ``None`` where it does not depend on one.
 
@@ -51,18 +49,13 @@ def gradient(
         keep_graph: whether the graph is needed again.
         narrow: whether they pass through float16: they are in float32 then.
         check: whether a compiled model may be in the graph.
-        stops: for some places in ``inputs``, where the backward may stop instead.
     """
-    asked = [stops[k][0] if k in stops else x for k, x in enumerate(inputs)] if stops else inputs
 
     def pull(scale: float, keep: bool) -> Gradients:
         cotangents = None if scale == 1.0 else [torch.full_like(output, scale)]
-        return grad([output], asked, cotangents, retain_graph=keep, check=check)
+        return grad([output], inputs, cotangents, retain_graph=keep, check=check)
 
-    found = unscaled(pull, keep_graph) if narrow else pull(1.0, keep_graph)
-    if not stops:
-        return found
-    return tuple(stops[k][1](g) if k in stops and g is not None else g for k, g in enumerate(found))
+    return unscaled(pull, keep_graph) if narrow else pull(1.0, keep_graph)
 
 
 def unscaled(pull: Pull, keep_graph: bool) -> Gradients:

@@ -13,7 +13,7 @@ from mtlweight._view import Needs
 from mtlweight._weighting import ReferenceUse
 from mtlweight.engines import _losses
 from mtlweight.engines._graph import Backward
-from mtlweight.engines._layers import Factors, Linear, gray_convolutions, linear_layers, made
+from mtlweight.engines._layers import Factors, Linear, linear_layers, made
 from mtlweight.engines._plan import Plan
 from mtlweight.engines._range import dense, gradient, wide
 
@@ -53,9 +53,9 @@ class Reference:
             self.narrow |= graph.narrow
             layers = linear_layers(graph, wanted, Linear.leads) if follows and not graph.narrow else {}
             asked = [layers[k].output if k in layers else p for k, p in enumerate(wanted)]
-            stops, check = gray_convolutions(graph, wanted), bool(graph.compiled)
+            check = bool(graph.compiled)
             with plan.measuring():
-                found = gradient(loss, [*asked, *data], keep_graph=True, narrow=graph.narrow, check=check, stops=stops)
+                found = gradient(loss, [*asked, *data], keep_graph=True, narrow=graph.narrow, check=check)
             for k, (p, g) in enumerate(zip(wanted, found, strict=False)):
                 if g is None:
                     continue

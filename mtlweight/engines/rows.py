@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mtlweight._statistics import statistics_dtype
 from mtlweight.engines._graph import Backward, leaves_of_each
-from mtlweight.engines._layers import Linear, gray_convolutions
+from mtlweight.engines._layers import Linear
 from mtlweight.engines._range import Reached, gradient, wide
 
 
@@ -29,14 +29,12 @@ def gradients(
     """
     outputs, check = graph.outputs, bool(graph.compiled)
     edges = {k: layer.output for k, layer in (layers or {}).items()}
-    convolutions = gray_convolutions(graph, inputs)
     everywhere = [range(len(inputs))] * len(outputs)
     # Not to ask for all other tasks' heads saves a tenth of the time where there are many.
     for i, places in enumerate(_places(outputs, inputs) if len(outputs) > 4 else everywhere):
         keep = keep_graph or i + 1 < len(outputs)
         asked = [edges.get(k, inputs[k]) for k in places]
-        stops = {j: convolutions[k] for j, k in enumerate(places) if k in convolutions}
-        found = gradient(outputs[i], asked, keep_graph=keep, narrow=graph.narrow, check=check, stops=stops)
+        found = gradient(outputs[i], asked, keep_graph=keep, narrow=graph.narrow, check=check)
         yield {k: g for k, g in zip(places, found, strict=True) if g is not None}
 
 
