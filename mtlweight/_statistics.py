@@ -62,21 +62,32 @@ def _split(block: Tensor | Sequence[Tensor], columns: int) -> Iterable[Tensor | 
     return zip(*(row.split(columns) for row in block), strict=True)
 
 
-def settled(gramian: Tensor) -> Tensor:
-    """A Gramian in float64; if it was in less, without what its rounding leaves where rows depend on each other.
+def settled(gramian: Tensor, of_rows: float = 0.0) -> Tensor:
+    """A Gramian in float64, without what rounding leaves where rows depend on each other: its own, or that of the rows.
 
     Nobody can tell that from an independent part of a row, in units of which weights would be large and of any sign.
+
+    Args:
+        gramian: ``[m, m]``; one in less than float64 is known to its rounding.
+        of_rows: the rounding of what the rows' gradients passed through, if that was less than float32.
     """
     G = cast(gramian, statistics_dtype(gramian.device))
-    rounding = len(G) * torch.finfo(gramian.dtype).eps if gramian.is_floating_point() else 0.0
+    own = torch.finfo(gramian.dtype).eps if gramian.is_floating_point() and gramian.dtype != G.dtype else 0.0
+    # Each layer of a network rounds once more, and inner products have squares of what is left.
+    rounding = len(G) * max(own, (2 * of_rows) ** 2)
     norms = G.diagonal().clamp(min=0).sqrt()
-    if gramian.dtype == G.dtype or not (G.isfinite().all() and norms.any()):
+    if not (rounding and G.isfinite().all() and norms.any()):
         return G
     unit = torch.where(norms > 0, norms, 1.0)
     values, vectors = torch.linalg.eigh(G / unit / unit[:, None])
     if not -rounding < values[0] < rounding:  # there is no such part; or it is no Gramian, as a solver will say
         return G
-    cosines = (vectors * torch.where(values > rounding, values, 0.0)) @ vectors.T
+    # Of the combinations that vanish, coefficients as small as the rounding are none: a row that only seems to take
+    # part in one would cancel with the others, or would have to be cancelled by weights without bound.
+    vanishing = torch.where(vectors.abs() > 8 * of_rows, vectors, 0.0)[:, values <= rounding]
+    basis, _ = torch.linalg.qr(vanishing)
+    kept = torch.eye(len(G), dtype=G.dtype, device=G.device) - basis @ basis.T
+    cosines = kept @ (G / unit / unit[:, None]) @ kept
     scale = norms / cosines.diagonal().clamp(min=torch.finfo(G.dtype).tiny).sqrt()
     mended: Tensor = scale * cosines * scale[:, None]
     return mended

@@ -369,7 +369,9 @@ class Batch:
                     layers = linear_layers(graph, inputs, lambda layer: layer.compares(len(outputs)))
                 gradients = rows.gradients(graph, every, keep_graph=keep, layers=layers)
             entering = {k: layer.kept() for k, layer in layers.items()}
-            return Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole, entering=entering)
+            found = Rows.collect(gradients, len(outputs), inputs, rest, coefficients, whole=whole, entering=entering)
+            found.rounding = graph.rounding
+            return found
 
         with plan.measuring():
             try:

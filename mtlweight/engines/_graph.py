@@ -61,6 +61,12 @@ class Backward:
         return {each for each in passed | {output.dtype for output in self.outputs} if each.is_floating_point}
 
     @property
+    def rounding(self) -> float:
+        """Of the least precise dtype that gradients pass through, if it is less precise than float32; else 0."""
+        least = max((torch.finfo(dtype).eps for dtype in self.dtypes), default=0.0)
+        return least if least > torch.finfo(torch.float32).eps else 0.0
+
+    @property
     def narrow(self) -> bool:
         """Whether gradients pass through float16."""
         return torch.float16 in self.dtypes

@@ -146,23 +146,26 @@ class Joined(Batch):
     ) -> Rows:
         m, n = len(self.tasks), sum(p.numel() for p in inputs)
         mine = Rows.collect([], 0, inputs, [], coefficients, whole=Needs.JACOBIAN in self._plan.needs)
-        like = torch.empty(m * n + 1, dtype=mine.dtype, device=inputs[0].device)
+        like = torch.empty(m * n + 2, dtype=mine.dtype, device=inputs[0].device)
 
         def fill(vector: Tensor) -> None:
             nonlocal mine
             if self._places:
                 mine = self._part._measure(inputs, self._own(coefficients), engine, keep_graph)
-            rows = vector[:-1].view(m, n)
+            rows = vector[:-2].view(m, n)
             for t, place in enumerate(self._places):
                 for piece, found in zip(rows[place].split(mine.widths), mine.vectors(t), strict=True):
                     if found is not None:
                         piece.copy_(found)
-            vector[-1] = mine.reached
+            vector[-2:] = torch.tensor([mine.rounding, float(mine.reached)])
 
         total = self._processes.total(fill, like)
         if coefficients is None:
             self._part._rows = mine  # the step is made of these: other processes add theirs
-        return mine.like(total[:-1].view(m, n).div_(self._processes.count), coefficients, reached=bool(total[-1] > 0))
+        rounding, reached = total[-2:].tolist()
+        whole = mine.like(total[:-2].view(m, n).div_(self._processes.count), coefficients, reached=reached > 0)
+        whole.rounding = rounding / max(reached, 1)  # all that reach anything have the same
+        return whole
 
     def _features(self, coefficients: Tensor | None) -> Tensor | None:
         m = len(self.tasks)

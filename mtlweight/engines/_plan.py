@@ -238,8 +238,10 @@ class Plan:
 
     def measuring(self) -> contextlib.AbstractContextManager[None]:
         """Within the context backwards measure: afterwards gradients and buffers are as they were."""
-        watched = dict.fromkeys([*self.trainable, *(self.shared or []), *self.outer])
-        return untouched([*watched], self.modules, self.called)
+        parts = {part: None for module in self.modules for part in module.modules()}
+        named = [p for part in parts for p in part._parameters.values() if p is not None]
+        watched = dict.fromkeys([*self.trainable, *(self.shared or []), *self.outer, *named])
+        return untouched([*watched], self.called)
 
     def called(self, parameter: Tensor) -> str:
         """What messages call a parameter."""

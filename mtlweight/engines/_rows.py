@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mtlweight._statistics import all_finite, cast, gramian_of, widest
+from mtlweight._statistics import all_finite, cast, gramian_of, settled, statistics_dtype, widest
 from mtlweight._weighting import Level
 from mtlweight.engines._inject import inject
 from mtlweight.engines._precision import in_full_precision
@@ -86,6 +86,7 @@ class Rows:
         coefficients: ``[m, b]`` weights that the outputs were made with, if any.
         dtype: of the vectors.
         products: what stands for the gradients of the inputs that are in no group.
+        rounding: of what the gradients passed through, if that was less precise than float32; else 0.
     """
 
     inputs: list[Tensor]
@@ -98,6 +99,7 @@ class Rows:
     coefficients: Tensor | None
     dtype: torch.dtype
     products: list[Product] = field(default_factory=list)
+    rounding: float = 0.0
 
     @classmethod
     def collect(
@@ -181,17 +183,20 @@ class Rows:
     def finite(self) -> list[bool]:
         """Whether each output's gradients are."""
         each = [[*self._split(t).values(), *heads.values()] for t, heads in enumerate(self.heads)]
+        if all_finite([g for gradients in each for g in gradients]):
+            return [True] * len(each)
         return [all_finite(gradients) for gradients in each]
 
     @property
     def gramian(self) -> Tensor:
         """``J Jᵀ``, ``[m, m]``."""
         m, device = len(self.reach), self.inputs[0].device
-        total = gramian_of(*self._columns()) if self.groups else torch.zeros(m, m, dtype=torch.float64, device=device)
+        dtype = statistics_dtype(device)
+        total = gramian_of(*self._columns()) if self.groups else torch.zeros(m, m, dtype=dtype, device=device)
         for each in self.products:
             if any(delta is not None for delta in each.deltas):
                 total = total + each.gramian().to(device)
-        return total
+        return settled(total, self.rounding) if self.rounding else total
 
     @property
     def widths(self) -> list[int]:
@@ -223,6 +228,7 @@ class Rows:
 
     def add(self, places: Sequence[int], others: Rows) -> None:
         """Adds other rows to the ones in these places."""
+        self.rounding = max(self.rounding, others.rounding)
         for i, t in enumerate(places):
             self.reach[t] |= others.reach[i]
             for j, vector in enumerate(others.long[i]):

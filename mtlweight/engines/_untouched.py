@@ -14,9 +14,7 @@ from mtlweight.engines._grad import hidden
 
 
 @contextlib.contextmanager
-def untouched(
-    parameters: Sequence[Tensor], modules: Sequence[nn.Module], called: Callable[[Tensor], str]
-) -> Iterator[None]:
+def untouched(parameters: Sequence[Tensor], called: Callable[[Tensor], str]) -> Iterator[None]:
     """Within the context backwards run for what they find: afterwards gradients and buffers are as they were.
 
     A function whose backward calls ``backward`` itself adds to ``.grad`` of parameters that are not in the graph, whose
@@ -25,7 +23,6 @@ def untouched(
 
     Args:
         parameters: those that may not be written.
-        modules: those whose buffers are restored, if any module runs.
         called: what messages call a parameter.
 
     Raises:
@@ -35,7 +32,7 @@ def untouched(
     for p, _ in before:
         p.grad = None
     try:
-        with _buffers_of(modules):
+        with _buffers():
             yield
     finally:
         written = [p for p in parameters if p.grad is not None]
@@ -48,15 +45,16 @@ def untouched(
 
 
 @contextlib.contextmanager
-def _buffers_of(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the context buffers may change: they are copied when the first module runs, and mostly none does."""
+def _buffers() -> Iterator[None]:
+    """Within the context buffers may change: those of a module are copied when it first runs, and mostly none does."""
+    seen: set[nn.Module] = set()
     kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
-    def keep(_module: nn.Module, _inputs: Any) -> None:
-        handle.remove()
-        owners = {owner: None for module in modules for owner in module.modules()}
-        for owner in owners:
-            kept.extend((owner, name, b, b.clone()) for name, b in owner._buffers.items() if b is not None)
+    def keep(module: nn.Module, _inputs: Any) -> None:
+        if module not in seen:
+            for owner in {*module.modules()} - seen:
+                seen.add(owner)
+                kept.extend((owner, name, b, b.clone()) for name, b in owner._buffers.items() if b is not None)
 
     handle = register_module_forward_pre_hook(keep)
     try:

@@ -113,6 +113,15 @@ def test_a_function_whose_backward_calls_backward_is_an_error_where_something_is
         assert torch.equal(p.grad, before[name][2])
 
 
+def test_a_parameter_of_another_optimizer_is_left_alone_too():
+    model, losses, _ = network(Coupled)
+    own = [*model["encoder"][0].parameters(), *model["heads"].parameters()]
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(own, lr=0.1), MGDA(), shared=model["encoder"][0], model=model)
+    with pytest.raises(MTLWeightError, match=r"hides its parameters.*'encoder\.1\.\w+\.\w+'"):
+        optimizer.combine(losses())
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("weighting", [Equal(), UW(), FAMO()], ids=repr)
 def test_weightings_that_read_losses_alone_train_such_functions_as_plain_ones(weighting):
     found = []
@@ -225,3 +234,13 @@ def test_under_activation_checkpointing_the_step_is_that_without_it_and_dropout_
             optimizer.step()
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert close(*found, 1e-4)
+
+
+@pytest.mark.parametrize("engine", ["rows", "batched"])
+def test_buffers_are_left_alone_though_nobody_has_named_their_module(engine):
+    model, losses, _ = checkpointed(Again)
+    optimizer = MultiTaskOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), MGDA(), shared=list(model["encoder"].parameters()), engine=engine
+    )
+    optimizer.combine(losses).backward()
+    assert int(model["encoder"][1].num_batches_tracked) == 1
