@@ -90,7 +90,7 @@ def test_rlw_is_the_softmax_of_its_generators_first_draws():
     ("s", "loss", "step_size", "expected"),
     [
         (0.0, 1.0, 0.5, 0.0),  # at the minimum already
-        (1.0, 0.0, 0.25, 0.75),  # nothing but the pull of + s
+        (1.0, 0.0, 0.25, 1.0),  # no minimum: it rests
         (0.0, (1 + 1 / 0.5) * math.e, 0.5, 1.0),  # 1 = 0 - 0.5 (1 - exp(-1) 3 e)
         (2.0, 0.5, 4.0, 0.0),  # 0 = 2 - 4 (1 - 0.5)
     ],
