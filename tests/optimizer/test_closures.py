@@ -205,7 +205,7 @@ def test_at_every_evaluation_of_a_step_the_gradient_is_that_of_the_value(weighti
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("scale", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
 def test_a_line_search_over_constant_weights_ends_where_it_does_over_the_weighted_sum(scale):
     def rosenbrock(w):
         return {"a": (1 - w[0]).square(), "b": (w[1] - w[0].square()).square()}
@@ -220,15 +220,16 @@ def test_a_line_search_over_constant_weights_ends_where_it_does_over_the_weighte
         def closure(optimizer=optimizer, w=w, ours=ours):
             optimizer.zero_grad()
             losses = rosenbrock(w)
-            loss = optimizer.combine(losses) if ours else losses["a"] + scale * losses["b"]
+            weights = torch.tensor([1.0, scale], dtype=torch.float64)
+            loss = optimizer.combine(losses) if ours else torch.dot(weights, torch.stack([*losses.values()]))
             loss.backward()
             return loss
 
         for _ in range(10):
             optimizer.step(closure)
         found.append(w.detach().clone())
-    assert torch.allclose(*found, atol=1e-9)
-    assert torch.allclose(found[0], torch.ones(2, dtype=torch.float64), atol=1e-6)
+    assert torch.equal(*found)
+    assert torch.allclose(found[0], torch.ones(2, dtype=torch.float64), atol=1e-4)
 
 
 def test_a_closure_returns_the_weighted_objective_and_everything_else_the_plain_sum():
