@@ -84,7 +84,9 @@ def settled(gramian: Tensor, of_rows: float = 0.0) -> Tensor:
         return G
     # Of the combinations that vanish, coefficients as small as the rounding are none: a row that only seems to take
     # part in one would cancel with the others, or would have to be cancelled by weights without bound.
-    vanishing = torch.where(vectors.abs() > 8 * of_rows, vectors, 0.0)[:, values <= rounding]
+    # Taken together they are no longer than `8 eps`; of many tasks, all coefficients are small.
+    least = 8 * of_rows / len(G) ** 0.5
+    vanishing = torch.where(vectors.abs() > least, vectors, 0.0)[:, values <= rounding]
     basis, _ = torch.linalg.qr(vanishing)
     kept = torch.eye(len(G), dtype=G.dtype, device=G.device) - basis @ basis.T
     cosines = kept @ (G / unit / unit[:, None]) @ kept

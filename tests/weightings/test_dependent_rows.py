@@ -276,3 +276,15 @@ def test_what_low_precision_leaves_where_gradients_cancel_is_no_direction_of_its
             found = of_low(method, losses, seed, low, torch.float32 if autocast else low, autocast)
             exact = of_low(method, losses, seed, low, torch.float64)
             assert (found - exact).norm() <= 0.2 * exact.norm() + 0.02, (method, seed)  # gradients are about 1 long
+
+
+@pytest.mark.parametrize("m", [3, 200, 300, 600])
+def test_of_many_tasks_no_low_precision_makes_another_gramian_of_rows_that_depend(m):
+    generator = torch.Generator().manual_seed(m)
+    rows = torch.randn(m, 2 * m, generator=generator, dtype=torch.float64)
+    rows[-1] = rows[:-1].sum(dim=0)  # of 300 unit rows, a coefficient is .04: below 8 eps of bf16
+    rows /= rows.norm(dim=1, keepdim=True)
+    expected = rows @ rows.T
+    for dtype in (torch.bfloat16, torch.float16):
+        found = settled(expected, torch.finfo(dtype).eps)
+        assert (found - expected).abs().max() <= m * (2 * torch.finfo(dtype).eps) ** 2
