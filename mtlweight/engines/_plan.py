@@ -66,7 +66,7 @@ class Plan:
             most: only where something reads gradients.
         outer: parameters that learn from the reference instead of the losses.
         penalised: whether there is a penalty.
-        ordinary: whether the step's backward goes through that graph, with the weights as constants.
+        ordinary: whether the step's backward goes through the losses' own graph, with the weights as constants.
         optimizer: the wrapped optimizer, which may be asked for a step ahead.
         modules: modules that the user named and whose parameters the forward engine may swap.
         capture: records the shared representation, for the features engine.

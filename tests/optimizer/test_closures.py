@@ -205,7 +205,7 @@ def test_at_every_evaluation_of_a_step_the_gradient_is_that_of_the_value(weighti
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_a_line_search_over_constant_weights_ends_where_it_does_over_the_weighted_sum(scale):
     def rosenbrock(w):
         return {"a": (1 - w[0]).square(), "b": (w[1] - w[0].square()).square()}
@@ -229,7 +229,7 @@ def test_a_line_search_over_constant_weights_ends_where_it_does_over_the_weighte
             optimizer.step(closure)
         found.append(w.detach().clone())
     assert torch.equal(*found)
-    assert torch.allclose(found[0], torch.ones(2, dtype=torch.float64), atol=1e-4)
+    assert torch.allclose(found[0], torch.ones(2, dtype=torch.float64), atol=1e-6)
 
 
 def test_a_closure_returns_the_weighted_objective_and_everything_else_the_plain_sum():

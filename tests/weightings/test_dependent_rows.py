@@ -275,7 +275,8 @@ def test_what_low_precision_leaves_where_gradients_cancel_is_no_direction_of_its
         for seed in range(5):
             found = of_low(method, losses, seed, low, torch.float32 if autocast else low, autocast)
             exact = of_low(method, losses, seed, low, torch.float64)
-            assert (found - exact).norm() <= 0.2 * exact.norm() + 0.02, (method, seed)  # gradients are about 1 long
+            share = 0.2 if isinstance(method, PCD) else 0.1  # it is as far off without rounding that cancels
+            assert (found - exact).norm() <= share * exact.norm() + 0.02, (method, seed)  # gradients are about 1 long
 
 
 @pytest.mark.parametrize("m", [3, 200, 300, 600])
