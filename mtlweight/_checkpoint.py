@@ -28,10 +28,10 @@ def saved(record: Any) -> dict[str, Any]:
     Args:
         record: the optimizer's.
     """
-    engines = {**_place(record.optimizer), "broken": dict(record.broken), "uses": dict(record.uses)}
+    engines = {**_place(record.settings.optimizer), "broken": dict(record.broken), "uses": dict(record.uses)}
     return {
         "version": VERSION,
-        "weighting": signature(record.weighting),
+        "weighting": signature(record.settings.weighting),
         "seed": record.seed,
         "step": record.step,
         "tasks": [*record.tasks],
@@ -58,7 +58,7 @@ def restore(record: Any, own: Mapping[str, Any]) -> None:
     record.memory, record.skipped, record.dropped = own["memory"], own["skipped"], Counter(own["dropped"])
     if "engines" in own:
         # What an engine could not do may be possible elsewhere: it costs one attempt to see.
-        place, engines = _place(record.optimizer), own["engines"]
+        place, engines = _place(record.settings.optimizer), own["engines"]
         here = engines if {name: engines.get(name) for name in place} == place else {}
         record.broken, record.uses = dict(here.get("broken", {})), Counter(here.get("uses", {}))
         record.fallbacks, record.uncommitted = Counter(own["fallbacks"]), own["uncommitted"]

@@ -9,8 +9,8 @@ import traceback
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -20,127 +20,33 @@ from torch.optim import Optimizer
 from mtlweight._checkpoint import KEY, expect_loadable, restore, saved
 from mtlweight._checks import expect_choice, expect_kind
 from mtlweight._errors import MTLWeightError, NonFiniteError
+from mtlweight._record import Closure, Decision, Pending, Record
 from mtlweight._report import Report
-from mtlweight._statistics import Given, all_finite, tensors_of
+from mtlweight._statistics import all_finite, tensors_of
+from mtlweight._uncommitted import notice, watch_scalar, watch_steps
 from mtlweight._view import Needs, State, View
-from mtlweight._weighting import Level, Weighting, evaluate
-from mtlweight.engines import (
-    ENGINES,
-    Accumulation,
-    Agreed,
-    Batch,
-    Capture,
-    Hidden,
-    Parts,
-    Plan,
-    Processes,
-    bad_gradient,
-    behind_masks,
-    deferred,
-    expect_own_parts,
-    full_precision,
-    local,
-    look_again,
-    parameters,
-    parts,
-    read,
-    snapshot,
-)
+from mtlweight._weighting import Weighting, evaluate
+from mtlweight.autograd.autocast import full_precision
+from mtlweight.autograd.replay import snapshot
+from mtlweight.batch.accumulation import Accumulation
+from mtlweight.batch.after_step import losses_after
+from mtlweight.batch.batch import Batch
+from mtlweight.batch.late_binding import expect_own_parts
+from mtlweight.batch.losses import deferred
+from mtlweight.batch.nonfinite import Hidden, bad_gradient, behind_masks
+from mtlweight.batch.parameters import Parts, parameters, parts
+from mtlweight.batch.read import read
+from mtlweight.batch.settings import Penalty, Settings
+from mtlweight.batch.step import Draft, Step
+from mtlweight.distributed.processes import Processes
+from mtlweight.distributed.sharded import local
+from mtlweight.engines import ENGINES
+from mtlweight.engines.features import Capture
+from mtlweight.engines.trust import Trust
 from mtlweight.loss.constant import Constant
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# From the losses with their graph, the view for notes, and `environments`, to a scalar that is added to the step.
-Penalty = Callable[[Mapping[str, Tensor], View, Any], Tensor]
-
-
-@dataclass
-class _Use:
-    """What has become of one scalar. Its hook holds this and nothing else of the step."""
-
-    remembers: bool = False  # whether the weighting has a state that would be lost
-    backward: bool = False  # whether one has gone through it
-    behind: bool = False  # whether the wrapped optimizer was stepped then, though not by this one
-    done: bool = False  # whether it was committed, or the next one goes on from it
-
-
-@dataclass
-class _Pending:
-    """What ``step`` will commit."""
-
-    state: State | None
-    report: Report | None
-    tasks: tuple[str, ...]
-    memory: State
-    seed: int | None
-    uses: Counter[str]
-    dropped: tuple[str, ...] = ()
-    skip: bool = False
-    hidden: Hidden = field(default_factory=list)
-    observe: Callable[[], Given] | None = None
-    use: _Use = field(default_factory=_Use)
-
-
-@dataclass
-class _Decision:
-    """The weights of one call of ``combine``, and the losses that they are for."""
-
-    weights: Tensor
-    writes: Level
-    tasks: tuple[str, ...]
-    shape: torch.Size
-    dropped: tuple[str, ...]
-    start: _Pending
-
-
-@dataclass
-class _Closure:
-    """One ``step(closure)``. What its first evaluation decides holds for all of them: a line search compares values.
-
-    Args:
-        decided: in the first evaluation, by each call of ``combine``.
-        calls: how many there were in this evaluation.
-    """
-
-    decided: list[_Decision] = field(default_factory=list)
-    calls: int = 0
-
-
-@dataclass
-class _Record:
-    """All that a MultiTaskOptimizer knows. One mutable record, so that the optimizer has one attribute of its own."""
-
-    optimizer: Optimizer
-    weighting: Weighting
-    shared: list[nn.Module | Tensor] | None
-    model: nn.Module | None
-    engine: str
-    heads: str
-    on_nonfinite: str
-    seed: int | None
-    penalty: Penalty | None = None
-    outer: list[nn.Module | Tensor] = field(default_factory=list)
-    processes: Processes | None = None
-    averaged: bool = False
-    step: int = 0
-    state: State | None = None
-    tasks: tuple[str, ...] = ()
-    memory: State = field(default_factory=dict)
-    pending: _Pending | None = None
-    closure: _Closure | None = None
-    stepping: bool = False
-    searches: bool = False
-    accumulation: Accumulation = field(default_factory=Accumulation)
-    report: Report = field(default_factory=Report)
-    skipped: int = 0
-    uncommitted: int = 0
-    warned: set[str] = field(default_factory=set)
-    cleared: bool = False
-    dropped: Counter[str] = field(default_factory=Counter)
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    broken: dict[str, str] = field(default_factory=dict)
-    uses: Counter[str] = field(default_factory=Counter)
-    capture: Capture | None = None
 
 
 def _uncompiled(method: Callable[P, T]) -> Callable[P, T]:
@@ -240,10 +146,19 @@ class MultiTaskOptimizer(Optimizer):
                 "heads='unweighted' tells heads from shared parameters: expected shared=..., found None. Pass the "
                 "shared parameters to MultiTaskOptimizer."
             )
-        common = None if shared is None else parts("shared", shared)
-        self._record = _Record(optimizer, weighting, common, model, engine, heads, on_nonfinite, seed, penalty)
-        self._record.outer = [] if outer is None else parts("outer", outer)
-        self._record.processes = Processes.of(process_group)
+        settings = Settings(
+            optimizer,
+            weighting,
+            None if shared is None else parts("shared", shared),
+            model,
+            engine,
+            heads,
+            on_nonfinite,
+            penalty,
+            [] if outer is None else parts("outer", outer),
+            Processes.of(process_group),
+        )
+        self._record = Record(settings, seed)
         self._watch()
 
     # The wrapped optimizer's own, by reference at each access: `load_state_dict` and schedulers rebind them.
@@ -251,12 +166,12 @@ class MultiTaskOptimizer(Optimizer):
     @property
     def optimizer(self) -> Optimizer:
         """The wrapped optimizer."""
-        return self._record.optimizer
+        return self._record.settings.optimizer
 
     @property
     def weighting(self) -> Weighting:
         """The weighting."""
-        return self._record.weighting
+        return self._record.settings.weighting
 
     @property
     def report(self) -> Report:
@@ -313,8 +228,14 @@ class MultiTaskOptimizer(Optimizer):
             expect_own_parts(given)
         if retain_graph:
             self._expect_one_graph(losses)
+        if environments is not None and r.settings.penalty is None:
+            raise MTLWeightError(
+                "Environments are for a penalty: expected MultiTaskOptimizer(..., penalty=...), found none. Pass one "
+                "that reads environments, such as Invariance().on(selector), or leave environments out."
+            )
         with full_precision() as as_outside:
-            weigh = functools.partial(self._combine, environments, as_outside(r.penalty), retain_graph)
+            settings = replace(r.settings, penalty=as_outside(r.settings.penalty))
+            weigh = functools.partial(self._combine, settings, environments, retain_graph)
             return r.accumulation.take(weigh, self.param_groups, as_outside(losses), as_outside(reference), mask)
 
     def accumulate(
@@ -351,90 +272,107 @@ class MultiTaskOptimizer(Optimizer):
         return self._record.accumulation.within(k, last, weigh, divisor)
 
     def _combine(
-        self, environments: Any, penalty: Penalty | None, ordinary: bool, losses: Any, reference: Any, mask: Any
+        self, settings: Settings, environments: Any, retain_graph: bool, losses: Any, reference: Any, mask: Any
     ) -> Tensor:
         r = self._record
-        if r.closure is not None:
-            self._expect_objective(r.closure)
-            r.closure.calls += 1
-            if r.closure.calls <= len(r.closure.decided):
-                decided = r.closure.decided[r.closure.calls - 1]
-                return self._evaluate_again(decided, environments, penalty, losses, reference, mask)
-        start = r.pending if r.accumulation.continues else None
-        if start is not None:
-            start.use.done = True
-        elif r.closure is None:
-            self._notice_uncommitted()
-        start = start or _Pending(r.state, None, r.tasks, r.memory, r.seed, r.uses)
-        r.pending = None
-        if environments is not None and r.penalty is None:
-            raise MTLWeightError(
-                "Environments are for a penalty: expected MultiTaskOptimizer(..., penalty=...), found none. Pass one "
-                "that reads environments, such as Invariance().on(selector), or leave environments out."
-            )
-        plan = self._plan(start, mask, ordinary=ordinary)
-        rewind = snapshot(plan.modules) if r.weighting.observes_at(r.step) else None
+        decided = None if r.closure is None else self._decided(r.closure)
+        if decided is not None:
+            step = self._step(settings, decided.start, reference, mask, retain_graph=True, needs=Needs.NOTHING)
+            return self._evaluate_again(decided, step, environments, losses, reference)
+        start = self._start()
+        step = self._step(settings, start, reference, mask, retain_graph=retain_graph)
+        losses = step.uncompiled(losses, reference)
+        rewind = snapshot(settings.modules) if settings.weighting.observes_at(r.step) else None
         if rewind is not None and not deferred(losses):
             raise MTLWeightError(
-                f"{plan.name} looks at the losses again after the step: expected losses as a callable, found computed "
-                "ones. Pass combine(lambda: losses(model, batch))."
+                f"{settings.name} looks at the losses again after the step: expected losses as a callable, found "
+                "computed ones. Pass combine(lambda: losses(model, batch))."
             )
-        dropped: tuple[str, ...] = ()
         batch: Batch | None = None
+        dropped: list[str] = []
         try:
-            batch = read(losses, reference, plan)
-            while True:
-                if not batch.tasks:
-                    return self._skip(start, dropped, batch)
-                view = plan.view(batch)
+            batch = read(losses, reference, step)
+            while batch.tasks:
+                view = step.view(batch)
                 try:
-                    batch.losses()
-                    weights, state = evaluate(r.weighting, view, start.state)
-                    self._expect_finite(weights, state)
+                    weights, state = self._weigh(batch, view, start.state)
                     break
                 except NonFiniteError as error:
-                    if r.on_nonfinite != "drop" or not error.tasks:
+                    if settings.on_nonfinite != "drop" or not error.tasks:
                         raise
                     dropped += error.tasks
                     batch = batch.without(error.tasks)
-                    self._warn_of_masks(plan.hidden)
-            added = None if penalty is None else batch.penalty(penalty, view, environments)
+                    self._warn_of_masks(step.draft.hidden)
+            else:
+                return self._skip(start, dropped, batch.source.idle())
+            penalty = batch.penalty(view, environments)
         except NonFiniteError:
-            if r.on_nonfinite == "raise":
+            if settings.on_nonfinite == "raise":
                 raise
-            self._warn_of_masks(plan.hidden)
-            return self._skip(start, dropped, batch)
-        writes = r.weighting.writes
-        stalled = batch.stalled(view, weights)
-        if stalled:
-            self._warn(
-                "stalled",
-                f"the gradient of task {', '.join(stalled)} over the shared parameters is exactly 0, and {plan.name} "
-                "gives no other task any weight: no shared parameter moves in this step. If a loss is multiplied by "
-                "0, pass None for it: the task is absent then.",
-            )
-        scalar, objective = batch.combined(weights, writes, added), batch.objective(weights, writes)
+            self._warn_of_masks(step.draft.hidden)
+            return self._skip(start, dropped, step.idle() if batch is None else batch.source.idle())
+        self._warn_of_stalled(batch.stalled(view, weights))
+        scalar, objective = batch.scalar(weights, settings.writes, penalty), batch.objective(weights, settings.writes)
         measured = batch.measured()
         report = Report(
             r.step + 1, earlier=start.report, weights=weights, objective=objective, notes=view.notes, **measured
         )
-        tasks, seed, gone = tuple(plan.agreed.tasks), plan.agreed.seed, start.dropped + dropped
-        r.pending = _Pending(state, report, tasks, plan.memory, seed, plan.uses, gone, start.skip, plan.hidden)
+        draft = step.draft
+        r.pending = Pending(
+            state,
+            report,
+            tuple(draft.tasks),
+            draft.memory,
+            draft.seed,
+            draft.trust.uses,
+            start.dropped + tuple(dropped),
+            start.skip,
+            draft.hidden,
+        )
         if rewind is not None:
-            present, first = batch.tasks, [weakref.ref(loss) for loss in batch.graphs.values()]
-            r.pending.observe = lambda: look_again(losses, plan, rewind, present, first)
-        self._watch_use(r.pending, scalar)
+            present, first = batch.tasks, [weakref.ref(loss) for loss in batch.source.losses.values()]
+            r.pending.observe = lambda: losses_after(losses, step, rewind, present, first)
+        watch_scalar(r, r.pending, scalar, self._warn)
         if r.closure is None:
             return scalar
-        r.closure.decided.append(_Decision(weights, writes, batch.tasks, batch.losses().shape, dropped, start))
-        return scalar if self._no_objective() else _valued(scalar, objective, batch, added)
+        shape = batch.losses().shape
+        r.closure.decided.append(Decision(weights, settings.writes, batch.tasks, shape, tuple(dropped), start))
+        return scalar if objective is None or settings.no_objective else batch.valued(scalar, objective, penalty)
 
-    def _evaluate_again(
-        self, decided: _Decision, environments: Any, penalty: Penalty | None, losses: Any, reference: Any, mask: Any
-    ) -> Tensor:
+    def _start(self) -> Pending:
+        """Where the step starts from: what is committed, or what the micro-batch before it left."""
+        r, before = self._record, self._record.pending
+        if before is not None and r.accumulation.continues:
+            before.use.done = True
+            r.pending = None
+            return before
+        if r.closure is None:
+            notice(r, self._warn)
+        r.pending = None
+        return r.start()
+
+    def _weigh(self, batch: Batch, view: View, state: State | None) -> tuple[Tensor, State]:
+        """The weights, and the state after them; raises if anything is not finite."""
+        batch.losses()
+        weighting = self._record.settings.weighting
+        weights, state = evaluate(weighting, view, state)
+        if not all_finite([weights, *tensors_of(state)]):
+            raise NonFiniteError(
+                f"{weighting!r} returned weights or a state that are not finite for finite losses and "
+                f"gradients: expected finite ones, found weights {weights.flatten()[:8].tolist()}. Look at its "
+                "hyperparameters and at the scale of the losses."
+            )
+        return weights, state
+
+    def _decided(self, closure: Closure) -> Decision | None:
+        """What the first evaluation of a closure decided at this call of ``combine``; ``None`` in the first one."""
+        self._expect_objective(closure)
+        closure.calls += 1
+        return closure.decided[closure.calls - 1] if closure.calls <= len(closure.decided) else None
+
+    def _evaluate_again(self, decided: Decision, step: Step, environments: Any, losses: Any, reference: Any) -> Tensor:
         """The objective at another point of the same step, with the weights that its first evaluation decided."""
-        plan = self._plan(decided.start, mask, ordinary=True, needs=Needs.NOTHING)
-        batch = read(losses, reference, plan)
+        batch = read(losses, reference, step)
         batch = batch.without([task for task in batch.tasks if task in decided.dropped])
         tasks, shape = batch.tasks, batch.losses().shape
         if {*tasks} != {*decided.tasks} or shape != decided.shape:
@@ -445,9 +383,9 @@ class MultiTaskOptimizer(Optimizer):
                 "the closure."
             )
         weights = decided.weights[[decided.tasks.index(task) for task in tasks]]
-        added = None if penalty is None else batch.penalty(penalty, plan.view(batch), environments)
-        objective = batch.objective(weights, decided.writes)
-        return _valued(batch.combined(weights, decided.writes, added), objective, batch, added)
+        penalty, objective = batch.penalty(step.view(batch), environments), batch.objective(weights, decided.writes)
+        assert objective is not None  # others may not be evaluated again
+        return batch.valued(batch.scalar(weights, decided.writes, penalty), objective, penalty)
 
     def frozen(self) -> Constant:
         """The tasks' weights in the last committed step, as constants.
@@ -525,10 +463,10 @@ class MultiTaskOptimizer(Optimizer):
         try:
             if closure is None:
                 checked()
-                result = r.optimizer.step()
+                result = self.optimizer.step()
             else:
-                r.closure = _Closure()
-                result = r.optimizer.step(checked)
+                r.closure = Closure()
+                result = self.optimizer.step(checked)
         except _SkipStepError:
             self._warn_of_masks(r.pending.hidden if r.pending is not None else [])
             self._commit(skipped=True)
@@ -538,18 +476,18 @@ class MultiTaskOptimizer(Optimizer):
         try:
             self._commit()
         finally:
-            if r.capture is not None:
-                r.capture.clear()
+            if r.settings.capture is not None:
+                r.settings.capture.clear()
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the wrapped optimizer's gradients. Leaves what is pending: closures call this between."""
         self._record.cleared = True
-        self._record.optimizer.zero_grad(set_to_none)
+        self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the wrapped optimizer."""
-        self._record.optimizer.add_param_group(param_group)
+        self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with this library's state under one more key.
@@ -557,7 +495,7 @@ class MultiTaskOptimizer(Optimizer):
         A bare optimizer of the wrapped class loads it too. It loads with ``torch.load(weights_only=True)``.
         """
         r = self._record
-        return {**r.optimizer.state_dict(), KEY: saved(r)}
+        return {**r.settings.optimizer.state_dict(), KEY: saved(r)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a state dict of this class, or one of a bare optimizer of the wrapped class (with a warning).
@@ -569,8 +507,8 @@ class MultiTaskOptimizer(Optimizer):
         r = self._record
         own = state_dict.get(KEY)
         if own is not None:
-            expect_loadable(own, r.weighting)
-        r.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+            expect_loadable(own, r.settings.weighting)
+        r.settings.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         if own is None:
             warnings.warn(f"The state dict has no key {KEY!r}: the weighting starts afresh.", stacklevel=2)
             own = {"step": 0, "tasks": [], "skipped": 0, "dropped": {}, "state": None, "memory": {}}
@@ -579,7 +517,8 @@ class MultiTaskOptimizer(Optimizer):
         r.accumulation.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"record": replace(self._record, pending=None, capture=None, accumulation=Accumulation())}
+        settings = replace(self._record.settings, capture=None)
+        return {"record": replace(self._record, settings=settings, pending=None, accumulation=Accumulation())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._record = state["record"]
@@ -591,8 +530,8 @@ class MultiTaskOptimizer(Optimizer):
         Gradient scalers and others ask for private names, and what the wrapped optimizer would answer is not true of
         this one.
         """
-        if not name.startswith("_") and hasattr(self._record.optimizer, name):
-            return getattr(self._record.optimizer, name)
+        if not name.startswith("_") and hasattr(self._record.settings.optimizer, name):
+            return getattr(self._record.settings.optimizer, name)
         raise AttributeError(
             f"{type(self).__name__!r} object has no attribute {name!r}, and neither has the wrapped "
             f"{type(self.optimizer).__name__}, as a public one"
@@ -601,79 +540,60 @@ class MultiTaskOptimizer(Optimizer):
         )
 
     def __repr__(self) -> str:
-        return f"MultiTaskOptimizer({self._record.weighting!r}, {self._record.optimizer!r})"
+        return f"MultiTaskOptimizer({self.weighting!r}, {self.optimizer!r})"
 
-    def _plan(self, start: _Pending, mask: Any = None, *, ordinary: bool = False, needs: Needs | None = None) -> Plan:
+    def _step(
+        self,
+        settings: Settings,
+        start: Pending,
+        reference: Any,
+        mask: Any,
+        *,
+        retain_graph: bool,
+        needs: Needs | None = None,
+    ) -> Step:
         r = self._record
-        outer = parameters(r.outer)
-        processes = None if r.processes is None else r.processes.active
-        agreed = Agreed.of(start.tasks, start.seed, processes)
-        return Plan(
-            weighting=r.weighting,
-            use=r.weighting.reference,
-            needs=r.weighting.needs_at(r.step) if needs is None else needs,
-            engine=r.engine,
-            heads=r.heads,
-            list_shared=lambda: None if r.shared is None else parameters(r.shared, without=outer),
-            outer=outer,
-            penalised=r.penalty is not None,
-            ordinary=ordinary,
-            optimizer=r.optimizer,
-            modules=self._modules(),
-            capture=r.capture,
-            agreed=agreed,
-            mask=mask,
-            hidden=[*start.hidden],
-            memory={**start.memory},
-            state=start.state,
-            view=lambda batch: View(batch, step=r.step, seed=agreed.seed),
-            processes=processes,
-            stamp={"step": r.step, "seed": r.seed, "tasks": r.tasks},
-            broken=r.broken,
-            uses=Counter(start.uses),
-            warn=self._fall_back,
+        processes = None if settings.processes is None else settings.processes.active
+        seed = start.seed
+        if seed is None and processes is None:  # several tell each other their seeds first
+            seed = torch.initial_seed()
+        trust = Trust(Counter(start.uses), r.broken, self._fall_back)
+        given = "none" if reference is None else "one"
+        return Step(
+            settings,
+            r.step,
+            settings.weighting.needs_at(r.step) if needs is None else needs,
+            start.state,
+            mask,
+            retain_graph,
+            parameters(settings.outer),
+            processes,
+            {"step": r.step, "seed": r.seed, "tasks": r.tasks, "reference": given},
+            Draft([*start.tasks], seed, {**start.memory}, trust, [*start.hidden]),
         )
-
-    def _modules(self) -> list[nn.Module]:
-        r = self._record
-        return [r.model] if r.model is not None else [part for part in r.shared or [] if isinstance(part, nn.Module)]
 
     def _watch(self) -> None:
         r = self._record
-        known = weakref.ref(r)  # the hook is the wrapped optimizer's, which may outlive this one
-
-        def stepped(*_: Any) -> None:
-            record = known()
-            if record is not None and record.pending is not None and not record.stepping:
-                record.pending.use.behind = True
-
-        if hasattr(r.optimizer, "_optimizer_step_post_hooks"):
-            r.optimizer.register_step_post_hook(stepped)
-        if r.engine != "features":
+        watch_steps(r)
+        if r.settings.engine != "features":
             return
-        modules = [part for part in r.shared or [] if isinstance(part, nn.Module)]
-        if not modules or len(modules) < len(r.shared or []):
+        shared = r.settings.shared or []
+        modules = [part for part in shared if isinstance(part, nn.Module)]
+        if not modules or len(modules) < len(shared):
             raise MTLWeightError(
                 "engine='features' reads the shared modules' outputs: expected shared=... as a module or several, "
-                f"found {'nothing' if r.shared is None else 'parameters'}. Pass the encoder."
+                f"found {'nothing' if r.settings.shared is None else 'parameters'}. Pass the encoder."
             )
-        r.capture = Capture(modules)
+        r.settings = replace(r.settings, capture=Capture(modules))
 
-    def _no_objective(self) -> str | None:
-        """What makes the step the gradient of no one objective, if anything does."""
-        r = self._record
-        if r.weighting.writes == "entry":
-            return "weights per gradient entry"
-        return "heads='unweighted'" if r.heads == "unweighted" else "outer=..." if r.outer else None
-
-    def _expect_objective(self, closure: _Closure) -> None:
+    def _expect_objective(self, closure: Closure) -> None:
         """Raises if a closure is evaluated more than once without an objective: at once, if that is known before."""
-        r, found = self._record, self._no_objective()
+        r, found = self._record, self._record.settings.no_objective
         again = closure.calls == 0 and bool(closure.decided)
-        if found is not None and (again or r.searches or isinstance(r.optimizer, torch.optim.LBFGS)):
+        if found is not None and (again or r.searches or isinstance(self.optimizer, torch.optim.LBFGS)):
             moved = " Parameters have moved already." if again else ""
             raise MTLWeightError(
-                f"{type(r.optimizer).__name__} evaluates its closure more than once a step, and may compare the "
+                f"{type(self.optimizer).__name__} evaluates its closure more than once a step, and may compare the "
                 f"values: expected weights that have an objective, found {found}, whose gradients are those of no one "
                 f"objective.{moved} Use weights per task or per sample, or an optimizer that evaluates it once."
             )
@@ -682,7 +602,11 @@ class MultiTaskOptimizer(Optimizer):
         accumulation = self._record.accumulation
         together = accumulation.size is not None and not accumulation.each
         parts = together or isinstance(losses, (list, tuple))
-        found = "losses in parts, each of whose graphs is freed before the next" if parts else self._no_objective()
+        found = (
+            "losses in parts, each of whose graphs is freed before the next"
+            if parts
+            else self._record.settings.no_objective
+        )
         if found is not None:
             todo = "Leave it out, or accumulate(..., weigh='each')." if together else "Leave it out."
             raise MTLWeightError(
@@ -690,32 +614,23 @@ class MultiTaskOptimizer(Optimizer):
                 f"expected one weighted sum of the losses whose gradient is the step, found {found}. {todo}"
             )
 
-    def _expect_finite(self, weights: Tensor, state: State) -> None:
-        if not all_finite([weights, *tensors_of(state)]):
-            raise NonFiniteError(
-                f"{self._record.weighting!r} returned weights or a state that are not finite for finite losses and "
-                f"gradients: expected finite ones, found weights {weights.flatten()[:8].tolist()}. Look at its "
-                "hyperparameters and at the scale of the losses."
-            )
-
     def _gradients_are_finite(self) -> bool:
-        r = self._record
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        values = local([g for p in parameters if (g := p.grad) is not None])
-        finite, processes = all_finite(values), r.processes and r.processes.active
-        if finite if processes is None else processes.agree(finite, parameters, averaged=r.averaged):
+        r, settings = self._record, self._record.settings
+        values = local([g for p in settings.parameters if (g := p.grad) is not None])
+        finite, processes = all_finite(values), settings.processes and settings.processes.active
+        if finite if processes is None else processes.agree(finite, settings.parameters, averaged=r.averaged):
             if processes is not None and not r.averaged:
-                processes.expect_averaged(values, parameters)
+                processes.expect_averaged(values, settings.parameters)
                 r.averaged = True
             return True
-        if r.on_nonfinite == "raise":
+        if settings.on_nonfinite == "raise":
             hidden = r.pending.hidden if r.pending is not None else []
-            raise bad_gradient(parameters, values, self._modules(), self.param_groups, hidden)
+            raise bad_gradient(settings.parameters, values, settings.called, hidden)
         return False
 
-    def _skip(self, start: _Pending, dropped: tuple[str, ...], batch: Batch | None) -> Tensor:
-        self._record.pending = replace(start, dropped=start.dropped + dropped, skip=True)
-        return (batch or Batch({}, self._plan(start))).idle()
+    def _skip(self, start: Pending, dropped: Sequence[str], idle: Tensor) -> Tensor:
+        self._record.pending = replace(start, dropped=start.dropped + tuple(dropped), skip=True)
+        return idle
 
     @torch.no_grad()
     def _commit(self, skipped: bool = False) -> None:
@@ -735,7 +650,7 @@ class MultiTaskOptimizer(Optimizer):
             try:
                 with full_precision():
                     view = View(pending.observe(), step=r.step - 1, seed=r.seed)
-                    seen = r.weighting.observe(view, pending.state) if view.losses.isfinite().all() else None
+                    seen = r.settings.weighting.observe(view, pending.state) if view.losses.isfinite().all() else None
             except Exception:  # whatever it is, the step was taken, and all else of it is committed
                 r.fallbacks["the losses after the step could not be evaluated: not observed"] += 1
                 raise
@@ -744,58 +659,20 @@ class MultiTaskOptimizer(Optimizer):
             else:
                 r.fallbacks["the losses after the step were not finite: not observed"] += 1
 
-    def _watch_use(self, pending: _Pending, scalar: Tensor) -> None:
-        use = pending.use
-        use.remembers = next(tensors_of(pending.state or {}), None) is not None
-
-        def used(_gradient: Tensor) -> None:
-            now = self._record.pending
-            late = not (use.backward or use.done) and (now is None or now.use is not use)
-            use.backward = True
-            if late:  # another combine has come before this backward
-                self._count_uncommitted(use)
-
-        scalar.register_hook(used)
-        self._record.cleared = False
-
-    def _notice_uncommitted(self) -> None:
-        """Counts a pending step whose gradients were used and which nobody committed.
-
-        One that a gradient scaler skips is none of these: nobody steps, and gradients are cleared.
-        """
-        r = self._record
-        if r.pending is None or not r.pending.use.backward:
-            return
-        added = not r.cleared and any(p.grad is not None for group in self.param_groups for p in group["params"])
-        if r.pending.use.behind or added:
-            self._count_uncommitted(r.pending.use)
-
-    def _count_uncommitted(self, use: _Use) -> None:
-        """Counts a step that nobody will commit; warns of what is lost, once."""
-        r = self._record
-        r.uncommitted += 1
-        if not (use.behind or use.remembers):
-            return
-        what, todo = (
-            (
-                f"{type(r.optimizer).__name__} was stepped after a combine, but not by this optimizer's step()",
-                "Call step() of this one, with a closure where a step takes several evaluations",
-            )
-            if use.behind
-            else (
-                "combine was called again before step(), which commits the later one alone",
-                "For micro-batches of one step use accumulate(k), or pass them to combine as a list; to look at other "
-                "losses, do not call combine",
-            )
-        )
-        lost = f"what {r.weighting!r} learned from the first is lost" if use.remembers else "the step is not counted"
-        self._warn("uncommitted", f"{what}: {lost}. {todo}. Such steps are counted in report.uncommitted.")
-
     def _warn_of_masks(self, hidden: Hidden) -> None:
         """Warns once if the steps that are skipped, or tasks that are dropped, are so because of what a mask hides."""
         cause = behind_masks(hidden, sure=True)
         if cause:
             self._warn("masked", f"a step was skipped, or a task dropped. {cause}")
+
+    def _warn_of_stalled(self, tasks: Sequence[str]) -> None:
+        if tasks:
+            self._warn(
+                "stalled",
+                f"the gradient of task {', '.join(tasks)} over the shared parameters is exactly 0, and "
+                f"{self._record.settings.name} gives no other task any weight: no shared parameter moves in this step. "
+                "If a loss is multiplied by 0, pass None for it: the task is absent then.",
+            )
 
     def _warn(self, kind: str, text: str) -> None:
         """Warns once of each kind, where the user's code called ``combine``."""
@@ -821,25 +698,16 @@ class MultiTaskOptimizer(Optimizer):
             warnings.warn(f"mtlweight: {text}; falling back to the {then} engine.", stacklevel=self._outside())
 
 
-def _valued(scalar: Tensor, objective: Tensor | None, batch: Batch, penalty: Tensor | None) -> Tensor:
-    """The scalar with the value of the objective that it has the gradient of."""
-    assert objective is not None
-    others = [term.detach().to(objective) for term in (batch.taught(), penalty) if term is not None]
-    if others:
-        objective = objective + batch.agreed(torch.stack(others).sum())
-    return scalar - scalar.detach() + objective.to(scalar)
-
-
 class _SkipStepError(Exception):
     """Leaves the wrapped optimizer's step before it has changed anything."""
 
 
 def _forward(name: str, doc: str) -> property:
     def get(self: MultiTaskOptimizer) -> Any:
-        return getattr(self._record.optimizer, name)
+        return getattr(self.optimizer, name)
 
     def set_(self: MultiTaskOptimizer, value: Any) -> None:
-        setattr(self._record.optimizer, name, value)
+        setattr(self.optimizer, name, value)
 
     return property(get, set_, doc=doc)
 

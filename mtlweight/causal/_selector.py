@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtlweight._errors import MTLWeightError
-from mtlweight.engines._graph import Backward
+from mtlweight.autograd.graph import Graph as AutogradGraph
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class ModuleSelector(nn.Module):
     def calls(self, losses: Mapping[str, Tensor]) -> list[Call]:
         """The remembered forward passes that the losses come from. All are forgotten then."""
         calls, self._calls = self._calls, []
-        nodes = {*Backward(losses.values()).nodes}
+        nodes = {*AutogradGraph(losses.values()).nodes}
         return [call for call in calls if call.mixed.grad_fn in nodes]
 
     def prune(self, threshold: float = 0.5) -> ModuleSelector:

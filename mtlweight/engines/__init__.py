@@ -1,36 +1,30 @@
-"""Engines: how a view is filled. Each computes what a weighting declares, and nothing else."""
+"""Engines: one way of measuring each. All that fill the same statistic have one signature.
 
-from mtlweight.engines._accumulate import Accumulation, expect_own_parts
-from mtlweight.engines._again import look_again, snapshot
-from mtlweight.engines._batch import Batch
-from mtlweight.engines._blame import Hidden, bad_gradient, behind_masks
-from mtlweight.engines._losses import deferred
-from mtlweight.engines._parts import Parts, parameters, parts
-from mtlweight.engines._plan import ENGINES, Agreed, Plan
-from mtlweight.engines._precision import full_precision
-from mtlweight.engines._processes import Processes, local
-from mtlweight.engines._read import read
-from mtlweight.engines.features import Capture
+=============  ======================================================================================
+Engine         Fills
+=============  ======================================================================================
+``rows``       Jacobian and Gramian, one backward a task; alignments, one backward a task and sample
+``batched``    Jacobian and Gramian, several tasks in one vectorised backward
+``samples``    Jacobian, Gramian and alignments from per-sample gradients, by ``torch.func.vmap``
+``features``   Gramian at the shared representation: ``rows``, for gradients at the encoder's output
+``forward``    alignments, by dual parameters in the forward pass that gives the losses
+``pullback``   alignments, by differentiating twice, of losses that are computed already
+=============  ======================================================================================
+"""
 
-__all__ = [
-    "ENGINES",
-    "Accumulation",
-    "Agreed",
-    "Batch",
-    "Capture",
-    "Hidden",
-    "Parts",
-    "Plan",
-    "Processes",
-    "bad_gradient",
-    "behind_masks",
-    "deferred",
-    "expect_own_parts",
-    "full_precision",
-    "local",
-    "look_again",
-    "parameters",
-    "parts",
-    "read",
-    "snapshot",
-]
+from __future__ import annotations
+
+from mtlweight.engines import batched, pullback, rows, samples
+
+GRADIENTS = {
+    "rows": rows.gradients,
+    "features": rows.gradients,
+    "batched": batched.gradients,
+    "samples": samples.gradients,
+}
+"""``gradients(totals, inputs, keep_graph=...)``: for each total its gradients by the place of their input."""
+ALIGNMENTS = {"pullback": pullback.alignments, "samples": samples.alignments, "rows": rows.alignments}
+"""``alignments(losses, inputs, tangents)``: ``<∇ℓ[t, i], g>``, one tensor a task."""
+ENGINES = ("auto", "rows", "batched", "features", "forward", "pullback", "samples")
+ORDINARY = ("rows", "features")
+"""Those that take one backward after the other, with which all else is compared."""

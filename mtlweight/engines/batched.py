@@ -8,38 +8,40 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mtlweight.engines._grad import grad, vectorized
-from mtlweight.engines._graph import Backward
-from mtlweight.engines._range import Gradients, Reached, unscaled
+from mtlweight.autograd.gradients import grad, vectorized
+from mtlweight.autograd.half_precision import Gradients, unscaled
+from mtlweight.engines.jacobian import Reached
+from mtlweight.engines.totals import Totals
 
 CHUNK = 32
 """Rows in one backward."""
 
 
 def gradients(
-    graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool, chunk_size: int = CHUNK
+    totals: Totals, inputs: Sequence[Tensor], *, keep_graph: bool, chunk_size: int = CHUNK
 ) -> Iterator[Reached]:
-    """The gradients of each output with respect to inputs, ``chunk_size`` outputs in one vectorised backward.
+    """The gradients of each total with respect to the inputs, ``chunk_size`` totals in one vectorised backward.
 
     Fewer kernel launches than one backward a row, for more memory: each chunk holds its gradients, zeros included.
     Operators without a batching rule for their backward are looped over by torch.
 
     Args:
-        graph: of the outputs, which are scalars.
+        totals: of the tasks.
         inputs: leaves or intermediate tensors.
-        keep_graph: whether the graph is needed again after the last output.
-        chunk_size: outputs in one backward.
+        keep_graph: whether the graph is needed again after the last total.
+        chunk_size: totals in one backward.
     """
+    graph = totals.graph
     stacked = torch.stack(graph.outputs)
-    basis = torch.eye(len(stacked), dtype=stacked.dtype, device=stacked.device)
-    chunks, short = basis.split(chunk_size), graph.narrow
+    chunks = torch.eye(len(stacked), dtype=stacked.dtype, device=stacked.device).split(chunk_size)
 
     def pull(chunk: Tensor, scale: float, keep: bool) -> Gradients:
-        return grad([stacked], inputs, [scale * chunk], retain_graph=keep, is_grads_batched=True)
+        return grad([stacked], inputs, [scale * chunk], graph=graph, keep_graph=keep, is_grads_batched=True)
 
     for i, chunk in enumerate(chunks):
         keep = keep_graph or i + 1 < len(chunks)
-        with vectorized("batched", graph.outputs):
-            columns = unscaled(functools.partial(pull, chunk), keep) if short else pull(chunk, 1.0, keep)
+        with vectorized("batched", graph):
+            some = functools.partial(pull, chunk)
+            columns = unscaled(some, keep) if graph.has_float16 else some(1.0, keep)
         for k in range(len(chunk)):
             yield {j: column[k] for j, column in enumerate(columns) if column is not None}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from mtlweight._errors import MTLWeightError
-from mtlweight.engines._graph import leaf_of
+from mtlweight.autograd.graph import leaf_of
 
 
 class Capture:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtlweight.engines._grad import grad
-from mtlweight.engines._graph import Backward
+from mtlweight.autograd.gradients import grad
+from mtlweight.autograd.graph import Graph
 
 
-def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+def alignments(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
     """``<∇ℓ[t, i], g>`` for all tasks and samples by differentiating twice.
 
     ``v(u) = Jᵀu`` is linear in ``u``, hence ``∂<v(u), g>/∂u = J g`` for any ``u``: one backward with a graph, and one
@@ -22,20 +22,18 @@ def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequ
         inputs: parameters.
         tangents: ``g``, one tensor a parameter.
 
-    Returns:
-        Tensor: ``[m, b]`` or ``[m]``.
-
     Raises:
         RuntimeError: torch's own, for an operator that cannot be differentiated twice; or in place of it, where torch
             would leave out what flows through a ``once_differentiable`` function.
     """
     stacked = torch.stack(list(losses))
     u = torch.zeros_like(stacked, requires_grad=True)
-    pulled = grad([stacked], inputs, [u], retain_graph=True, check=False, create_graph=True)
+    pulled = grad([stacked], inputs, [u], graph=Graph([stacked]), keep_graph=True, create_graph=True)
     pairs = [(v, g.to(v.dtype)) for v, g in zip(pulled, tangents, strict=True) if v is not None and v.requires_grad]
-    if Backward(v for v, _ in pairs).once_differentiable:
+    twice = Graph(v for v, _ in pairs)
+    if twice.once_differentiable:
         raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-    if not pairs:
-        return torch.zeros_like(stacked)
-    (products,) = grad([v for v, _ in pairs], [u], [g for _, g in pairs], retain_graph=True, check=False)
-    return torch.zeros_like(stacked) if products is None else products
+    products = None
+    if pairs:
+        (products,) = grad([v for v, _ in pairs], [u], [g for _, g in pairs], graph=twice, keep_graph=True)
+    return list((torch.zeros_like(stacked) if products is None else products).unbind())

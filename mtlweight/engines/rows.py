@@ -2,64 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mtlweight._statistics import statistics_dtype
-from mtlweight.engines._graph import Backward, leaves_of_each
-from mtlweight.engines._layers import Linear
-from mtlweight.engines._range import Reached, gradient, wide
+from mtlweight.autograd.gradients import gradient
+from mtlweight.autograd.graph import Graph, leaves_of_each
+from mtlweight.autograd.half_precision import wide
+from mtlweight.engines.jacobian import Reached
+from mtlweight.engines.totals import Totals
 
 
-def gradients(
-    graph: Backward, inputs: Sequence[Tensor], *, keep_graph: bool, layers: Mapping[int, Linear] | None = None
-) -> Iterator[Reached]:
-    """The gradients of each output with respect to the inputs that it depends on, one output at a time.
+def gradients(totals: Totals, inputs: Sequence[Tensor], *, keep_graph: bool) -> Iterator[Reached]:
+    """The gradients of each total with respect to the inputs that it depends on, one total at a time.
 
-    Works on every graph, compiled models included, and touches only what an output depends on. Cost: one backward an
-    output. Memory: one gradient at a time.
+    Works on every graph, compiled models included, and touches only what a total depends on. Cost: one backward a
+    total. Memory: one gradient at a time.
 
     Args:
-        graph: of the outputs, which are scalars.
+        totals: of the tasks.
         inputs: leaves or intermediate tensors.
-        keep_graph: whether the graph is needed again after the last output.
-        layers: linear layers by the place of their weight, whose gradient is not made: ``δ`` is in its place.
+        keep_graph: whether the graph is needed again after the last total.
     """
-    outputs, check = graph.outputs, bool(graph.compiled)
-    edges = {k: layer.output for k, layer in (layers or {}).items()}
-    everywhere = [range(len(inputs))] * len(outputs)
+    return _of_each(totals.graph, inputs, keep_graph=keep_graph)
+
+
+def _of_each(graph: Graph, inputs: Sequence[Tensor], *, keep_graph: bool) -> Iterator[Reached]:
+    leaves = {id(x): k for k, x in enumerate(inputs) if x.is_leaf}
+    others = [k for k, x in enumerate(inputs) if not x.is_leaf]
     # Not to ask for all other tasks' heads saves a tenth of the time where there are many.
-    for i, places in enumerate(_places(outputs, inputs) if len(outputs) > 4 else everywhere):
-        keep = keep_graph or i + 1 < len(outputs)
-        asked = [edges.get(k, inputs[k]) for k in places]
-        found = gradient(outputs[i], asked, keep_graph=keep, narrow=graph.narrow, check=check)
+    for i, (output, reached) in enumerate(zip(graph.outputs, leaves_of_each(graph.outputs), strict=True)):
+        places = sorted(others + [leaves[leaf] for leaf in reached if leaf in leaves])
+        keep = keep_graph or i + 1 < len(graph.outputs)
+        found = gradient(output, [inputs[k] for k in places], graph=graph, keep_graph=keep)
         yield {k: g for k, g in zip(places, found, strict=True) if g is not None}
 
 
-def _places(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> Iterator[list[int]]:
-    """For each output the places of the inputs that it may depend on."""
-    leaves = {id(x): k for k, x in enumerate(inputs) if x.is_leaf}
-    others = [k for k, x in enumerate(inputs) if not x.is_leaf]
-    for reached in leaves_of_each(outputs):
-        yield sorted(others + [leaves[leaf] for leaf in reached if leaf in leaves])
-
-
-def alignment(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+def alignments(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
     """``<∇ℓ[t, i], g>`` for each task and sample by one backward each: slow, and right wherever backward works.
 
     Args:
         losses: one ``[b]`` or scalar tensor a task.
         inputs: parameters.
         tangents: ``g``, one tensor a parameter.
-
-    Returns:
-        Tensor: ``[m, b]`` or ``[m]``.
     """
-    outputs = [sample for row in losses for sample in row.reshape(-1).unbind()]
-    products = [inner(row, tangents) for row in gradients(Backward(outputs), inputs, keep_graph=True)]
-    return torch.stack(products).reshape(len(losses), *losses[0].shape)
+    graph = Graph(sample for row in losses for sample in row.reshape(-1).unbind())
+    products = [inner(row, tangents) for row in _of_each(graph, inputs, keep_graph=True)]
+    sizes = [loss.numel() for loss in losses]
+    parts = torch.stack(products).split(sizes)
+    return [part.reshape(loss.shape) for part, loss in zip(parts, losses, strict=True)]
 
 
 def inner(gradients: Reached, tangents: Sequence[Tensor]) -> Tensor:

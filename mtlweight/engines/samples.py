@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mtlweight.engines._grad import unhooked, vectorized
-from mtlweight.engines._graph import Backward
-from mtlweight.engines._range import Reached, unscaled, wide
+from mtlweight.autograd.gradients import unhooked, vectorized
+from mtlweight.autograd.graph import Graph
+from mtlweight.autograd.half_precision import unscaled, wide
+from mtlweight.engines.jacobian import Reached
+from mtlweight.engines.totals import Totals
 
 CHUNK = 64
 """Samples in one vectorised backward."""
@@ -28,7 +30,7 @@ def jacobian(losses: Sequence[Tensor], inputs: Sequence[Tensor], *, chunk_size: 
         inputs: parameters.
         chunk_size: rows in one backward; memory grows with ``chunk_size · n``.
     """
-    flat = torch.cat([row.reshape(-1) for row in losses])
+    flat, graph = torch.cat([row.reshape(-1) for row in losses]), Graph(losses)
 
     def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(flat, inputs, cotangent, retain_graph=True, materialize_grads=True)
@@ -37,16 +39,16 @@ def jacobian(losses: Sequence[Tensor], inputs: Sequence[Tensor], *, chunk_size: 
         found: Sequence[Tensor] = torch.func.vmap(pull, chunk_size=chunk_size, randomness="error")(scale * chunk)
         return found
 
-    basis, short = torch.eye(len(flat), dtype=flat.dtype, device=flat.device), Backward(losses).narrow
-    for chunk in basis.split(chunk_size):
-        with vectorized("samples", losses), unhooked(inputs):
-            found = unscaled(functools.partial(pull_all, chunk), True) if short else pull_all(chunk, 1.0)
+    for chunk in torch.eye(len(flat), dtype=flat.dtype, device=flat.device).split(chunk_size):
+        with vectorized("samples", graph), unhooked(inputs):
+            some = functools.partial(pull_all, chunk)
+            found = unscaled(some, True) if graph.has_float16 else some(1.0)
         yield [g for g in found if g is not None]
 
 
-def alignment(
+def alignments(
     losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor], *, chunk_size: int = CHUNK
-) -> Tensor:
+) -> list[Tensor]:
     """``<∇ℓ[t, i], g>`` for each task and sample from the per-sample gradients.
 
     Args:
@@ -54,33 +56,33 @@ def alignment(
         inputs: parameters.
         tangents: ``g``, one tensor a parameter.
         chunk_size: rows in one backward.
-
-    Returns:
-        Tensor: ``[m, b]`` or ``[m]``.
     """
-    parts = []
+    chunks = []
     for columns in jacobian(losses, inputs, chunk_size=chunk_size):
         pairs = [(wide(c).reshape(len(c), -1), t.flatten()) for c, t in zip(columns, tangents, strict=True)]
-        parts.append(torch.stack([c @ t.to(c.dtype) for c, t in pairs]).sum(dim=0))
-    return torch.cat(parts).reshape(len(losses), *losses[0].shape)
+        chunks.append(torch.stack([c @ t.to(c.dtype) for c, t in pairs]).sum(dim=0))
+    parts = torch.cat(chunks).split([loss.numel() for loss in losses])
+    return [part.reshape(loss.shape) for part, loss in zip(parts, losses, strict=True)]
 
 
 def gradients(
-    losses: Sequence[Tensor], inputs: Sequence[Tensor], coefficients: Tensor | None, *, chunk_size: int = CHUNK
+    totals: Totals, inputs: Sequence[Tensor], *, keep_graph: bool = True, chunk_size: int = CHUNK
 ) -> Iterator[Reached]:
-    """The gradient of each task's weighted total, summed from its samples' gradients.
+    """The gradient of each total, summed from its samples' gradients.
 
     Args:
-        losses: one ``[b]`` or scalar tensor a task.
+        totals: of the tasks.
         inputs: parameters.
-        coefficients: ``[m, b]``; ``None`` for means.
+        keep_graph: the graph is kept in any case.
         chunk_size: rows in one backward.
     """
-    for t, row in enumerate(losses):
-        weights = torch.full_like(row, 1 / row.numel()) if coefficients is None else coefficients[t].to(row.dtype)
+    del keep_graph
+    for t, row in enumerate(totals.losses):
+        given = totals.coefficients
+        weights = torch.full_like(row, 1 / row.numel()) if given is None else given[t].to(row.dtype)
         parts = weights.detach().reshape(-1).split(chunk_size)
-        totals = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
+        sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in inputs]
         for columns, part in zip(jacobian([row], inputs, chunk_size=chunk_size), parts, strict=True):
-            for total, column in zip(totals, columns, strict=True):
+            for total, column in zip(sums, columns, strict=True):
                 total.add_(torch.tensordot(part.to(total.dtype), column.to(total.dtype), dims=1))
-        yield dict(enumerate(totals))
+        yield dict(enumerate(sums))

@@ -11,7 +11,7 @@ from tests.benchmarks._measure import Ratio, Row, Settings, settled
 from tests.benchmarks._models import Problem, problem
 
 TABLE = "sample step"
-LIMITS = {"LeNet": 2.8, "MLP 3x512": 3.0, "conv + BatchNorm": 2.8}
+LIMITS = {"LeNet": 2.8, "MLP 3x512": 3.2, "conv + BatchNorm": 2.8}
 """How many plain steps an SLGrad step may take."""
 
 
@@ -31,7 +31,7 @@ def row(p: Problem, model: str) -> Row:
     }
     ratios = [
         Ratio("SLGrad / plain", ("SLGrad",), ("plain",), at_most=LIMITS[model]),
-        Ratio("SLGrad / plain, memory", ("SLGrad",), ("plain",), at_most=2.0, of="mib"),
+        Ratio("SLGrad / plain, memory", ("SLGrad",), ("plain",), at_most=2.2, of="mib"),
         Ratio("SLGrad, given tensors / plain", ("SLGrad, given tensors",), ("plain",)),
         Ratio("by hand / plain", ("by hand",), ("plain",)),
         Ratio("floor / plain", ("floor",), ("plain",)),

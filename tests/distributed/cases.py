@@ -33,7 +33,7 @@ from mtlweight import (
     SLGrad,
     UPGrad,
 )
-from mtlweight.engines import Processes
+from mtlweight.distributed.processes import Processes
 from tests.distributed.training import SAMPLES, Run, Training, on_cpu
 from tests.optimizer.problems import Network
 from tests.registry import CASES
@@ -352,7 +352,7 @@ def a_group_of_some(count, rank, device):
     training = Training(Run(MGDA(), options={"process_group": mine}), 2, rank % 2, device=device, process_group=mine)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(training.optimizer)))
     refused = message(lambda: MultiTaskOptimizer(torch.optim.SGD([torch.ones(1)]), UW(), process_group=other))
-    return training.train(), copied._record.processes.group is mine, refused
+    return training.train(), copied._record.settings.processes.group is mine, refused
 
 
 @scenario
@@ -385,7 +385,9 @@ def copies(count, rank, device):
     training.step(0)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(training.optimizer)))
     training.step(1)
-    return copied._record.processes == training.optimizer._record.processes, message(lambda: Processes("no such").group)
+    return copied._record.settings.processes == training.optimizer._record.processes, message(
+        lambda: Processes("no such").group
+    )
 
 
 @scenario

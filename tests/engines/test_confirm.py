@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import mtlweight
 from mtlweight import MultiTaskOptimizer, Needs, SLGrad
-from mtlweight.engines._confirm import coefficients
+from mtlweight.engines.confirm import coefficients
 from tests.engines.zoo import close
 
 pytestmark = pytest.mark.filterwarnings(

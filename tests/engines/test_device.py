@@ -5,6 +5,7 @@ import torch
 
 from mtlweight import L2RW, SLGrad, View
 from mtlweight._statistics import Given
+from mtlweight.autograd import forward_mode
 from mtlweight.engines import forward, pullback
 from tests.engines.zoo import NETWORKS, problem
 
@@ -46,11 +47,11 @@ def test_the_alignment_is_measured_without_waiting_for_the_device(network, engin
     modules = [p.model]
     no_waiting()
     if engine == "forward":
-        forward.losses_and_tangents(
-            p.sample_losses, lambda losses: losses, modules, forward.names(modules), p.shared, tangents, believe
+        forward.losses_and_alignments(
+            p.sample_losses, lambda losses: losses, modules, forward_mode.names(modules), p.shared, tangents, believe
         )
     else:
-        pullback.alignment([*p.sample_losses().values()], p.shared, tangents)
+        pullback.alignments([*p.sample_losses().values()], p.shared, tangents)
 
 
 @pytest.mark.parametrize(

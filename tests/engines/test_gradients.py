@@ -21,8 +21,8 @@ from mtlweight import (
     SLGrad,
 )
 from mtlweight._statistics import FEW, all_finite, gramian_of
-from mtlweight.engines import _rows
-from mtlweight.engines._graph import Backward, leaves_of_each
+from mtlweight.autograd.graph import Graph, leaves_of_each
+from mtlweight.engines import jacobian as kept
 from tests.benchmarks._measure import MIB, peak_memory
 from tests.engines.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem
 
@@ -458,7 +458,7 @@ def test_the_leaves_of_each_output_are_found_in_one_walk(uses, chained):
     found = leaves_of_each([*outputs, parameters[0]])
     assert found[-1] == {id(parameters[0])}
     for t, mine in enumerate(reached):
-        assert {id(leaf) for leaf in Backward([outputs[t]]).leaves} == mine
+        assert {id(leaf) for leaf in Graph([outputs[t]]).leaves} == mine
         assert mine <= found[t] <= set().union(*reached[: t + 1])
 
 
@@ -489,8 +489,8 @@ def test_complex_numbers_are_finite_if_both_their_parts_are():
 def test_the_step_does_not_depend_on_which_gradients_are_joined(long, engine, parts, monkeypatch):
     """Some of two layers' gradients are long; one task is dropped, and one reaches the first layer alone."""
     found = []
-    for length in (_rows.LONG, long):
-        monkeypatch.setattr(_rows, "LONG", length)
+    for length in (kept.LONG, long):
+        monkeypatch.setattr(kept, "LONG", length)
         torch.manual_seed(SEED)
         first, second = torch.nn.Linear(3, 7).double(), torch.nn.Linear(7, 4).double()
         heads = torch.nn.ModuleDict(
@@ -533,7 +533,7 @@ class Poisoned(torch.autograd.Function):
 
 
 def test_a_bad_gradient_is_found_among_those_that_are_joined_and_among_the_others(monkeypatch):
-    monkeypatch.setattr(_rows, "LONG", 4)
+    monkeypatch.setattr(kept, "LONG", 4)
     for bad in ("0.weight", "0.bias"):  # 6 numbers, and 2
         encoder = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh())
         optimizer = MultiTaskOptimizer(torch.optim.SGD(encoder.parameters(), lr=0.1), MGDA(), shared=encoder)

@@ -78,7 +78,7 @@ def test_a_backward_that_draws_random_numbers_is_an_error():
     weight = torch.ones(3, requires_grad=True)
     losses = Noisy.apply(weight * torch.ones(4, 3)).sum(dim=1)
     with pytest.raises(RuntimeError, match="called random operation while in randomness error mode"):
-        samples.alignment([losses], [weight], [torch.ones(3)])
+        samples.alignments([losses], [weight], [torch.ones(3)])
 
 
 @pytest.mark.parametrize("engine", ["forward", "pullback", "samples", "rows"])

@@ -8,9 +8,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
-from mtlweight.engines import forward
-from mtlweight.engines._tangents import RULES
-from mtlweight.engines.forward import _Corrections
+from mtlweight.autograd import forward_mode
+from mtlweight.autograd.forward_mode import Corrections
+from mtlweight.autograd.forward_rules import RULES
 
 RUNNING = torch.tensor([0.3, -0.2]), torch.tensor([0.5, 2.0])
 
@@ -56,7 +56,7 @@ def dual(layer, values, tangents):
     """The layer's dual number; without a tangent where there is none."""
     pairs = zip(values, tangents, strict=True)
     duals = [value if tangent is None else forward_ad.make_dual(value, tangent) for value, tangent in pairs]
-    with _Corrections():
+    with Corrections():
         return forward_ad.unpack_dual(LAYERS[layer][0](*duals))
 
 
@@ -88,7 +88,7 @@ def test_batch_norm_updates_its_running_statistics_once(training):
     plain, module = (torch.nn.BatchNorm2d(2, momentum=0.3).double().train(training) for _ in range(2))
     x = torch.randn(4, 2, 3, 3, dtype=torch.float64)
     plain(x)
-    with forward_ad.dual_level(), _Corrections():
+    with forward_ad.dual_level(), Corrections():
         module(forward_ad.make_dual(x, torch.ones_like(x)))
     torch.testing.assert_close(dict(module.named_buffers()), dict(plain.named_buffers()))
 
@@ -108,7 +108,7 @@ def test_what_batch_norm_cannot_normalize_is_torchs_error(shape, options, messag
     errors = ValueError, RuntimeError, IndexError
     with pytest.raises(errors, match=message) as expected:
         functional.batch_norm(x, **options)
-    with forward_ad.dual_level(), _Corrections(), pytest.raises(errors) as found:
+    with forward_ad.dual_level(), Corrections(), pytest.raises(errors) as found:
         functional.batch_norm(forward_ad.make_dual(x, x), **options)
     assert str(found.value) == str(expected.value)
 
@@ -117,7 +117,7 @@ def test_what_batch_norm_cannot_normalize_is_torchs_error(shape, options, messag
 def test_batch_norm_of_an_empty_batch_is_empty(training):
     layer = torch.nn.BatchNorm1d(2).train(training)
     x = torch.zeros(0, 2)
-    with forward_ad.dual_level(), _Corrections():
+    with forward_ad.dual_level(), Corrections():
         value, tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x)))
     assert value.shape == tangent.shape == (0, 2)
 
@@ -132,7 +132,7 @@ def test_far_from_zero_the_tangent_of_batch_norm_is_rounded_once(dtype, training
         return functional.batch_norm(x, torch.full_like(weight, 300.0), torch.ones_like(weight), weight, None, training)
 
     _, expected = torch.func.jvp(normalized, (x.double(), weight.double()), (dx.to(dtype).double(), dw.double()))
-    with forward_ad.dual_level(), _Corrections():
+    with forward_ad.dual_level(), Corrections():
         duals = forward_ad.make_dual(x, dx.to(dtype)), forward_ad.make_dual(weight, dw)
         _, tangent = forward_ad.unpack_dual(normalized(*duals))
     assert (tangent.double() - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()
@@ -145,7 +145,7 @@ FAR = (64, 3), (3,), (64, 3), (3,)
 def test_within_vmap_torchs_own_rules_apply(layer):
     values, tangents = drawn(layer), drawn(layer, seed=1)
     stacks = [torch.stack([value, 2 * value]) for value in values]
-    with forward_ad.dual_level(), _Corrections():
+    with forward_ad.dual_level(), Corrections():
         duals = [forward_ad.make_dual(s, torch.stack([t, t])) for s, t in zip(stacks, tangents, strict=True)]
         found = forward_ad.unpack_dual(torch.vmap(LAYERS[layer][0])(*duals))
     expected = torch.func.jvp(LAYERS[layer][0], tuple(values), tuple(tangents))
@@ -176,7 +176,7 @@ def test_each_rule_has_a_layer_here(monkeypatch):
             used.add(func)
             return super().get(func)
 
-    monkeypatch.setattr(forward, "RULES", Noted(RULES))
+    monkeypatch.setattr(forward_mode, "RULES", Noted(RULES))
     with forward_ad.dual_level():
         for layer in LAYERS:
             dual(layer, drawn(layer), drawn(layer, seed=1))

@@ -404,4 +404,4 @@ def test_the_look_after_a_step_leaves_no_graph_in_the_record_of_the_representati
     p = Problem()
     optimizer = wrap(p, FAMO() >> MGDA(), shared=p.encoder, engine="features")
     step(optimizer, p.losses)
-    assert optimizer._record.capture.take() == []
+    assert optimizer._record.settings.capture.take() == []

@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 
-class Backward:
-    """What a backward from some tensors passes. It is walked once, by the first question.
-
-    It keeps the graph alive, and with it what the forward saved.
+class Graph:
+    """The graph behind some tensors, walked once, by the first question. It keeps alive what the forward saved.
 
     Args:
-        outputs: where the backward would start.
+        outputs: where a backward would start.
     """
 
     def __init__(self, outputs: Iterable[Tensor]) -> None:
@@ -34,56 +32,43 @@ class Backward:
                     stack.append(parent)
         return list(found)
 
-    @property
+    @functools.cached_property
     def leaves(self) -> list[Tensor]:
-        """The leaf tensors whose ``.grad`` the backward would write, in a stable order."""
+        """The leaf tensors whose ``.grad`` a backward would write, in a stable order."""
         found = {id(output): output for output in self.outputs if output.grad_fn is None and output.requires_grad}
-        for node in self.nodes:
-            leaf = leaf_of(node)
-            if leaf is not None:
-                found[id(leaf)] = leaf
+        found.update((id(leaf), leaf) for node in self.nodes if (leaf := leaf_of(node)) is not None)
         return list(found.values())
 
     @functools.cached_property
-    def users(self) -> dict[Node, list[Node]]:
-        """For each node those that hand it gradients; one that does so twice is there twice."""
-        found: dict[Node, list[Node]] = {}
-        for node in self.nodes:
-            for parent, _ in node.next_functions:
-                if parent is not None:
-                    found.setdefault(parent, []).append(node)
-        return found
-
-    @functools.cached_property
     def dtypes(self) -> set[torch.dtype]:
-        """Those of the gradients, as far as they are real. Of a compiled model, only its ends are seen."""
+        """Those of the real gradients that pass. Of a compiled model, only its ends are seen."""
         passed = {each.dtype for node in self.nodes for each in getattr(node, "_input_metadata", ())}
         return {each for each in passed | {output.dtype for output in self.outputs} if each.is_floating_point}
 
     @property
     def rounding(self) -> float:
-        """Of the least precise dtype that gradients pass through, if it is less precise than float32; else 0."""
+        """The ``eps`` of the least precise dtype that gradients pass through; 0 if none is below float32."""
         least = max((torch.finfo(dtype).eps for dtype in self.dtypes), default=0.0)
         return least if least > torch.finfo(torch.float32).eps else 0.0
 
     @property
-    def narrow(self) -> bool:
-        """Whether gradients pass through float16."""
+    def has_float16(self) -> bool:
+        """Whether gradients pass through float16, whose range is short."""
         return torch.float16 in self.dtypes
 
-    @property
+    @functools.cached_property
     def compiled(self) -> set[type]:
         """The backwards of compiled models: a type for each model, shape and dtype that was compiled."""
         return {type(node) for node in self.nodes if node.name() == "CompiledFunctionBackward"}
 
     @property
     def once_differentiable(self) -> bool:
-        """Whether a ``once_differentiable`` backward is among them. Torch cuts the graph there: another skips it."""
+        """Whether a ``once_differentiable`` backward was differentiated. Torch cuts the graph there, silently."""
         return any(node.name() == "torch::autograd::Error" for node in self.nodes)
 
     @functools.cached_property
     def operators(self) -> set[str]:
-        """What operators there are, with those of their options that are a word, or yes or no.
+        """The operators, with those of their options that are a word, or yes or no.
 
         Such as ``ScatterReduceBackward0(include_self=True, reduce=prod)``.
         """
@@ -94,7 +79,7 @@ class Backward:
         return {f"{name}({', '.join(f'{o}={value}' for o, value in given)})" for name, *given in found}
 
     def bypassed(self, views: Mapping[Tensor, Tensor]) -> list[Tensor]:
-        """The leaves that are reached other than through the view that was to be used.
+        """The leaves that are reached other than through their view.
 
         Args:
             views: from leaf to its view.
@@ -106,9 +91,9 @@ class Backward:
 
 
 def leaves_of_each(outputs: Iterable[Tensor]) -> list[set[int]]:
-    """For each output the ids of the leaves that it reaches, and of some that an output before it reaches.
+    """For each output the ids of the leaves that it reaches, and of some that an earlier output reaches.
 
-    The graph is walked once: where an output meets the walk of one before it, it takes over what that one found.
+    The graph is walked once: where an output meets the walk of an earlier one, it takes over what that one found.
     """
     first: dict[Node, int] = {}
     found: list[set[int]] = []
@@ -130,21 +115,21 @@ def leaves_of_each(outputs: Iterable[Tensor]) -> list[set[int]]:
     return found
 
 
+def leaf_of(node: Node) -> Tensor | None:
+    """The leaf whose gradient the node adds up, if it does that."""
+    leaf: Tensor | None = getattr(node, "variable", None)  # AccumulateGrad alone has one
+    return leaf
+
+
 def _options(node: Node) -> list[str]:
     """Names of the options that nodes of this type have."""
     kind = type(node)
     if kind not in _KNOWN:
         names = dir(kind)
         saved = [name.removeprefix("_saved_") for name in names if name.startswith("_saved_")]
-        plain = [name for name in saved if f"_raw_saved_{name}" not in names]  # tensors may be recomputed if asked for
+        plain = [name for name in saved if f"_raw_saved_{name}" not in names]  # asking for a tensor may recompute it
         _KNOWN[kind] = [name for name in plain if isinstance(getattr(node, f"_saved_{name}"), (bool, str))]
     return _KNOWN[kind]
 
 
 _KNOWN: dict[type, list[str]] = {}
-
-
-def leaf_of(node: Node) -> Tensor | None:
-    """The leaf whose gradient the node adds up, if it does that."""
-    leaf: Tensor | None = getattr(node, "variable", None)  # AccumulateGrad alone has one
-    return leaf

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mtlweight._errors import NonFiniteError
-from mtlweight.engines._parts import called
 
 Hidden: TypeAlias = list[tuple[str, Tensor, Tensor]]
 """Task, mask ``[b]`` and losses ``[b]`` as they were before the mask; read only where something is not finite."""
@@ -31,24 +30,19 @@ def behind_masks(hidden: Hidden, *, sure: bool = False) -> str:
 
 
 def bad_gradient(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    modules: Sequence[nn.Module],
-    groups: Sequence[Mapping[str, Any]],
-    hidden: Hidden,
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], called: Callable[[Tensor], str], hidden: Hidden
 ) -> NonFiniteError:
     """The error for a gradient that is not finite after backward.
 
     Args:
         parameters: the optimizer's.
         gradients: of those that have one.
-        modules: those that the user named.
-        groups: the optimizer's groups of parameters.
+        called: what messages call a parameter.
         hidden: what the masks hide.
     """
     having = [p for p in parameters if p.grad is not None]
     bad = [p for p, g in zip(having, gradients, strict=True) if not g.isfinite().all()]
-    where = called(bad[0], modules, groups) if bad else "another process's part of one"
+    where = called(bad[0]) if bad else "another process's part of one"
     todo = behind_masks(hidden) or "Look at the batch, or choose on_nonfinite='skip'."
     return NonFiniteError(
         "A gradient is not finite after backward: expected finite numbers, found NaN or infinity for "

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from mtlweight.engines._grad import hidden
+from mtlweight._errors import MTLWeightError
+from mtlweight.autograd.remedies import HIDDEN
 
 
 @contextlib.contextmanager
@@ -41,20 +42,19 @@ def untouched(parameters: Sequence[Tensor], called: Callable[[Tensor], str]) -> 
         for p, gradient in before:
             p.grad = gradient
         if written:
-            raise hidden(f"that it wrote to that of {called(written[0])}")
+            raise MTLWeightError(HIDDEN.format(f"that it wrote to that of {called(written[0])}"))
 
 
 @contextlib.contextmanager
 def _buffers() -> Iterator[None]:
-    """Within the context buffers may change: those of a module are copied when it first runs, and mostly none does."""
+    """Afterwards buffers are as they were: a module's are copied when it first runs, and mostly none does."""
     seen: set[nn.Module] = set()
     kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def keep(module: nn.Module, _inputs: Any) -> None:
-        if module not in seen:
-            for owner in {*module.modules()} - seen:
-                seen.add(owner)
-                kept.extend((owner, name, b, b.clone()) for name, b in owner._buffers.items() if b is not None)
+        owners = set() if module in seen else {*module.modules()} - seen
+        seen.update(owners)
+        kept.extend((owner, name, b, b.clone()) for owner in owners for name, b in owner.named_buffers(recurse=False))
 
     handle = register_module_forward_pre_hook(keep)
     try:
@@ -64,5 +64,4 @@ def _buffers() -> Iterator[None]:
         with torch.no_grad():
             for owner, name, buffer, value in kept:
                 buffer.data.copy_(value)  # not a change in the eyes of a graph that has saved it
-                if owner._buffers.get(name) is not buffer:
-                    setattr(owner, name, buffer)
+                setattr(owner, name, buffer)  # the module may have put another tensor in its place

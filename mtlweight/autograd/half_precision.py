@@ -7,17 +7,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from mtlweight._statistics import all_finite, cast
-from mtlweight.engines._grad import grad
 
 Gradients = tuple[Tensor | None, ...]
 """One an input; ``None`` where there is none."""
-Reached = dict[int, Tensor]
-"""Gradients by the place of their input; there is no entry where there is none."""
-Pull = Callable[[float, bool], Sequence[Tensor | None]]
-"""From a factor on the losses, and whether to keep their graph, to gradients that have that factor."""
 
 SCALES = tuple(2.0**k for k in (15, 8, 0, -8))
 """Tried one after the other until nothing overflows. The first is the largest power of two that float16 holds."""
@@ -33,39 +27,14 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
-def gradient(
-    output: Tensor,
-    inputs: Sequence[Tensor | GradientEdge],
-    *,
-    keep_graph: bool,
-    narrow: bool,
-    check: bool = True,
-) -> Gradients:
-    """The gradients of a scalar with respect to all inputs; ``None`` where it does not depend on one.
-
-    Args:
-        output: scalar.
-        inputs: leaves, intermediate tensors, or where these would be in the graph.
-        keep_graph: whether the graph is needed again.
-        narrow: whether they pass through float16: they are in float32 then.
-        check: whether a compiled model may be in the graph.
-    """
-
-    def pull(scale: float, keep: bool) -> Gradients:
-        cotangents = None if scale == 1.0 else [torch.full_like(output, scale)]
-        return grad([output], inputs, cotangents, retain_graph=keep, check=check)
-
-    return unscaled(pull, keep_graph) if narrow else pull(1.0, keep_graph)
-
-
-def unscaled(pull: Pull, keep_graph: bool) -> Gradients:
+def unscaled(pull: Callable[[float, bool], Sequence[Tensor | None]], keep_graph: bool) -> Gradients:
     """Gradients through float16, in float32, of losses that were scaled as far as nothing overflows.
 
     The losses are weighed before anybody can scale them, and the scale of a ``GradScaler`` is known in the backward
     alone. Unscaled, gradients below 6e-8 would be zero, and those below 6e-5 would lose digits.
 
     Args:
-        pull: makes the scaled gradients.
+        pull: from a factor on the losses, and whether to keep their graph, to gradients that have that factor.
         keep_graph: whether the graph is needed again.
     """
     found: list[Tensor | None] = []

@@ -1,11 +1,10 @@
-"""Several processes with one model: what they tell each other, so that their batches count as one."""
+"""What several processes with one model tell each other."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,10 +12,7 @@ from torch import Tensor
 
 from mtlweight._errors import MTLWeightError, NonFiniteError
 from mtlweight._statistics import statistics_dtype
-from mtlweight.engines import _losses
-
-if TYPE_CHECKING:
-    from mtlweight.engines._plan import Plan
+from mtlweight.distributed.sharded import FSDP1, flattened, sharded
 
 T = TypeVar("T")
 
@@ -184,6 +180,14 @@ class Processes:
             if known
         }
 
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a value that each process has its own of."""
+
+        def fill(total: Tensor) -> None:
+            total.copy_(value)
+
+        return self.total(fill, value) / self.count
+
     def agree(self, fine: bool, parameters: Sequence[Tensor], *, averaged: bool) -> bool:
         """Whether all is fine everywhere; where all processes have the same gradients, they know without asking."""
         if averaged and not sharded(parameters):
@@ -218,175 +222,3 @@ class Processes:
                 "DistributedDataParallel, without static_graph=True where gradients are measured; or pass "
                 "process_group=None, and each weighs its own batch."
             )
-
-
-class _Said(NamedTuple):
-    """What a process tells of itself: ``stamp``, torch's seed, the tasks it has heard of, and what its losses are."""
-
-    stamp: Mapping[str, Any]
-    seed: int
-    tasks: list[str]
-    present: tuple[str, ...]
-    size: int | None
-    kinds: list[torch.dtype]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which process has which tasks, and how many samples.
-
-    Args:
-        processes: who takes part.
-        tasks: of all of them.
-        sizes: the number of samples in each; for scalar losses 1.
-        present: the tasks that each has.
-        per_sample: whether the losses come per sample.
-        dtype: of the losses.
-        device: of this process.
-    """
-
-    processes: Processes
-    tasks: tuple[str, ...]
-    sizes: tuple[int, ...]
-    present: tuple[tuple[str, ...], ...]
-    per_sample: bool
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, plan: Plan, work: Callable[[], T], losses: Callable[[T], Mapping[str, Tensor]]) -> tuple[T, Layout]:
-        """Computes this process's losses and asks what the others have.
-
-        From then on tasks have the same places in all processes, and where no seed was given it is the first one's.
-
-        Args:
-            plan: names the processes, and what must be the same in all of them.
-            work: computes the losses.
-            losses: takes them from what ``work`` gives.
-
-        Raises:
-            MTLWeightError: in all processes, if it failed in one; if their stamps differ; or if losses come per sample
-                in some processes alone.
-        """
-        processes, stamp, seed = plan.processes, plan.stamp, torch.initial_seed()
-        assert processes is not None
-        device = plan.trainable[0].device if plan.trainable else torch.device("cpu")
-
-        def tell(result: T) -> _Said:
-            nonlocal device
-            rows = losses(result)
-            row = next(iter(rows.values()), None)
-            device = device if row is None else row.device
-            kinds = [row.dtype for row in rows.values()]
-            size = None if row is None or row.ndim == 0 else len(row)
-            return _Said(stamp, seed, plan.tasks, tuple(rows), size, kinds)
-
-        result, told = processes.told(work, tell)
-        for name, value in stamp.items():
-            values = [said.stamp[name] for said in told]
-            if any(other != value for other in values):
-                raise MTLWeightError(
-                    f"The processes take different steps: expected the same {name} in all of them, found "
-                    f"{', '.join(dict.fromkeys(map(str, values)))}. Make the optimizers and the calls alike, and load "
-                    "a checkpoint in every process."
-                )
-        agreed = plan.agreed
-        agreed.tasks = _losses.placed(stamp["tasks"], [said.tasks for said in told])
-        agreed.seed = told[0].seed if agreed.seed is None else agreed.seed
-        sizes = [said.size for said in told if said.present]
-        if any(size is None for size in sizes) and any(size is not None for size in sizes):
-            raise MTLWeightError(
-                "Expected losses of one kind in all processes, all scalars or all [b]; found both. Use the same "
-                "reduction everywhere."
-            )
-        dtype = torch.float32
-        for kind in (kind for said in told for kind in said.kinds):
-            dtype = torch.promote_types(dtype, kind)
-        layout = cls(
-            processes,
-            tuple(task for task in plan.tasks if any(task in said.present for said in told)),
-            tuple((1 if said.size is None else said.size) if said.present else 0 for said in told),
-            tuple(said.present for said in told),
-            any(size is not None for size in sizes),
-            dtype,
-            device,
-        )
-        return result, layout
-
-    @property
-    def own(self) -> slice:
-        """The columns of this process."""
-        start = sum(self.sizes[: self.processes.rank])
-        return slice(start, start + self.sizes[self.processes.rank])
-
-    def joined(self, *work: Callable[[], Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Values per task, and per sample where losses are: side by side, or their mean over the processes with a task.
-
-        Args:
-            work: each gives this process's values; all are sent at once.
-        """
-        shape = (len(work), len(self.tasks), max([*self.sizes, 1]))
-
-        def fill(values: Tensor) -> None:
-            for block, compute in zip(values, work, strict=True):
-                for task, row in compute().items():
-                    block[self.tasks.index(task), : row.numel()] = row.detach().reshape(-1)
-
-        like = torch.empty(shape, dtype=statistics_dtype(self.device), device=self.device)
-        found = self.processes.gathered(fill, like)
-        if self.per_sample:
-            blocks = torch.cat([each[..., :size] for each, size in zip(found, self.sizes, strict=True)], dim=2)
-        else:
-            counts = torch.tensor([self.holders(task) for task in self.tasks], dtype=like.dtype, device=self.device)
-            blocks = torch.stack(found).sum(dim=0)[..., 0] / counts
-        return [dict(zip(self.tasks, block.to(self.dtype).unbind(), strict=True)) for block in blocks]
-
-    def masked(self, losses: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
-        """The losses of all processes, and which samples have a label; nothing is masked among scalars."""
-        present = {task: masks.get(task, torch.ones_like(loss)) for task, loss in losses.items()}
-        every, there = self.joined(lambda: losses, lambda: present)
-        return every, {task: mask.bool() for task, mask in there.items()} if self.per_sample else {}
-
-    def holders(self, task: str) -> int:
-        """How many processes have the task."""
-        return sum(task in names for names in self.present)
-
-
-def local(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """The numbers that this process has of each gradient."""
-    mine = [
-        g if type(g) is Tensor or not sharded([g]) else g.to_local()  # type: ignore[attr-defined]  # a DTensor has it
-        for g in gradients
-    ]
-    return [g.coalesce().values() if g.is_sparse else g for g in mine]
-
-
-def sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether one of them is a piece of what the processes hold together (FSDP, tensor parallelism)."""
-    module = sys.modules.get("torch.distributed.tensor")  # where it has not been imported, there are none
-    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
-
-
-FSDP1 = "FullyShardedDataParallel (FSDP1)"
-
-
-def flattened(tensors: Iterable[Tensor]) -> bool:
-    """Whether some are flat parameters of FSDP1, or its pieces of them."""
-    return any(getattr(tensor, "_fsdp_flattened", False) for tensor in tensors)
-
-
-def expect_whole(tensors: Iterable[Tensor], reader: str) -> None:
-    """Raises for sharded parameters: the losses' graph has other tensors in their place."""
-    tensors = [*tensors]
-    if flattened(tensors):
-        raise MTLWeightError(
-            f"{reader}, but the parameters are pieces of flat ones: the losses' graph has other tensors in their "
-            f"place, whose gradients cannot be asked for one by one. Expected whole parameters, found {FSDP1}'s. Use "
-            "DistributedDataParallel; or fully_shard with a weighting that reads losses alone or engine='features'."
-        )
-    if sharded(tensors):
-        raise MTLWeightError(
-            f"{reader}, but the parameters are sharded: the losses' graph has gathered copies in their place, whose "
-            "gradients cannot be asked for one by one. Expected whole parameters, found DTensors. Use "
-            "DistributedDataParallel, a weighting that reads losses alone, or engine='features'."
-        )

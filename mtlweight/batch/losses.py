@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
 from mtlweight._statistics import cast, statistics_dtype, widest
-from mtlweight.engines._blame import Hidden
+from mtlweight.batch.nonfinite import Hidden
 
 Masks = Mapping[str, Tensor]
 """Which samples of a task have a label, ``[b]`` of booleans. A task without an entry has them all."""
@@ -192,62 +192,6 @@ def deferred(given: Any) -> bool:
     if isinstance(given, (list, tuple, Mapping)):
         return all(map(deferred, given.values() if isinstance(given, Mapping) else given))
     return callable(given) and not isinstance(given, Tensor)
-
-
-def visit(reference: Any, each: Callable[[float, Tensor], None], mains: Sequence[str] = (), share: float = 1.0) -> bool:
-    """Evaluates the scalars that a reference consists of, one after the other.
-
-    Args:
-        reference: a scalar or ``[b]`` tensor; a list of references, which count by their mean; a mapping from main task
-            to reference, which count by their sum; or a callable that returns one of these.
-        each: called with the share of a scalar, and the scalar, before the next one is evaluated.
-        mains: the tasks that a mapping must name.
-        share: the share of all of it.
-
-    Returns:
-        bool: whether all of it was given by name.
-
-    Raises:
-        MTLWeightError: if it is anything else.
-    """
-    if deferred(reference) and callable(reference):
-        reference = reference()
-    if isinstance(reference, Mapping):
-        if {*mains} != {*reference}:
-            raise MTLWeightError(
-                f"Expected a reference for each main task, {', '.join(mains) or 'of which there are none'}; found "
-                f"{', '.join(map(str, reference)) or 'an empty mapping'}. Name the same tasks in the weighting's main "
-                "and in the reference."
-            )
-        for part in reference.values():
-            visit(part, each, mains, share)
-        return True
-    if isinstance(reference, (list, tuple)) and reference:
-        named = [visit(part, each, mains, share / len(reference)) for part in reference]
-        return all(named)
-    each(share, scalar(reference))
-    return False
-
-
-def scalar(reference: Any) -> Tensor:
-    """The reference objective as a scalar with a graph; a ``[b]`` tensor counts by its mean.
-
-    Raises:
-        MTLWeightError: if it is anything else.
-    """
-    if not isinstance(reference, Tensor) or reference.ndim > 1 or reference.numel() == 0:
-        found = list(reference.shape) if isinstance(reference, Tensor) else type(reference).__name__
-        raise MTLWeightError(
-            f"Expected the reference as a scalar or [b] tensor, or a callable that returns one; found {found}. Pass "
-            "the main task's loss on held-out data; several in a list, or in a mapping by main task."
-            + (f" {REDUCE}." if isinstance(reference, Tensor) and reference.ndim > 1 else "")
-        )
-    if not reference.requires_grad:
-        raise MTLWeightError(
-            "The reference has no graph: expected a tensor that requires grad, found a constant. Compute it with "
-            "gradients enabled."
-        )
-    return reference.mean()
 
 
 def stack(losses: Mapping[str, Tensor]) -> Tensor:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dis
-import functools
-import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ from torch import Tensor
 
 from mtlweight._checks import expect_count
 from mtlweight._errors import MTLWeightError
+from mtlweight.batch.late_binding import expect_bound, outside
 
 _LAST = (
     "Say which one is the last: accumulate(..., last=...), such as last=accelerator.sync_gradients; or drop the "
@@ -138,13 +135,14 @@ class Accumulation:
         if self.each:
             return combine(losses, reference, mask)
         self.parts.append((losses, reference, mask))
-        self.outside.append(_outside([losses, reference]))
+        self.outside.append(outside([losses, reference]))
         if not self.complete:
             device = next(p.device for group in groups for p in group["params"])
             scalar = torch.zeros((), device=device, requires_grad=True)  # its backward leaves all parameters alone
             self.scalars.append(scalar)
             return scalar
-        self._expect_own_data()
+        for (one, compared, _), then in zip(self.parts, self.outside, strict=True):
+            expect_bound([one, compared], then)
         divisor = self._divided()
         each, references, masks = ([*column] for column in zip(*self.parts, strict=True))
         given = [one for one in references if one is not None]
@@ -182,80 +180,3 @@ class Accumulation:
                 stacklevel=5,  # where combine was called
             )
         return divisor
-
-    def _expect_own_data(self) -> None:
-        for (losses, reference, _), then in zip(self.parts, self.outside, strict=True):
-            for (name, now), (_, before) in zip(_outside([losses, reference]), then, strict=True):
-                if not _same(now, before):
-                    raise MTLWeightError(
-                        "accumulate: micro-batches are evaluated when the last one comes: expected callables that hold "
-                        f"their data, found one that looks for {name!r} outside, where it is another by now. Bind it: "
-                        f"lambda {name}={name}: ..."
-                    )
-
-
-def expect_own_parts(given: Any) -> None:
-    """Raises if two callables of a list are one function that looks for its data outside: both find the same.
-
-    Functions are looked at, as loops and comprehensions make them; no partial functions and no methods.
-    """
-    several = given if isinstance(given, (list, tuple)) else ()
-    functions = [inspect.unwrap(one) for one in several if callable(one) and not isinstance(one, Tensor)]
-    seen: dict[Any, Any] = {}
-    for one in functions:
-        if not isinstance(one, FunctionType):
-            continue
-        held = [_contents(cell) for cell in one.__closure__ or ()]
-        held += [*(one.__defaults__ or ()), *(one.__kwdefaults__ or {}).values()]
-        key = one.__code__, *map(id, held)
-        if seen.setdefault(key, one) is not one:
-            names = [*one.__code__.co_freevars, *(name for name in _globals(one.__code__) if name in one.__globals__)]
-            raise MTLWeightError(
-                "Losses in parts, or references in a list, come from one callable each: expected callables that hold "
-                f"their data, found two that look for the same outside ({', '.join(names)}), where a loop has left the "
-                "last. Bind what differs: lambda rows=rows: ..."
-            )
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, (int, float, str)) and type(a) is type(b) and a == b)
-
-
-def _outside(given: Any, seen: set[int] | None = None) -> list[tuple[str, Any]]:
-    """What callables, or collections of these, find outside themselves at present: variables that a loop may rebind."""
-    seen = set() if seen is None else seen
-    if isinstance(given, (list, tuple, Mapping)):
-        several = given.values() if isinstance(given, Mapping) else given
-        return [pair for one in several for pair in _outside(one, seen)]
-    function = inspect.unwrap(given) if callable(given) else given
-    while isinstance(function, functools.partial):
-        function = function.func
-    if callable(function) and not hasattr(function, "__code__"):
-        function = type(function).__call__
-    if id(function) in seen:
-        return []
-    seen.add(id(function))
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    if not isinstance(code, CodeType):
-        return []
-    values = [(name, function.__globals__.get(name)) for name in _globals(code)]
-    values += [(name, _contents(cell)) for name, cell in zip(code.co_freevars, cells or (), strict=True)]
-    # What it calls may look outside in its turn; functions of other files do not look at the loop.
-    called = [v for _, v in values if isinstance(v, FunctionType) and v.__globals__ is function.__globals__]
-    return values + [pair for one in called for pair in _outside(one, seen)]
-
-
-def _contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
-def _globals(code: CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield instruction.argval
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _globals(constant)

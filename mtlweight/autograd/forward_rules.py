@@ -15,8 +15,6 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn import functional
 
-from mtlweight.engines._layers import Factors
-
 
 def _bilinear(
     func: Callable[..., Tensor], given: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any, **named: Any
@@ -36,19 +34,6 @@ def _bilinear(
             tangent = func(x, dw, db, *options, **named)
             if dx is not None:
                 tangent += func(dx, w, None, *options, **named)
-    return _dual(value, tangent)
-
-
-def along_factors(given: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
-    """A linear layer whose weight moves along a gradient that is not made."""
-    (x, dx), (b, db) = _unpacked(given, bias)
-    value = functional.linear(x, weight, b)
-    with torch.no_grad():
-        tangent = factors.along(x)
-        if dx is not None:
-            tangent += functional.linear(dx, weight)
-        if db is not None:
-            tangent += db
     return _dual(value, tangent)
 
 

@@ -1,0 +1,1 @@
+"""What this library asks of torch's autograd. Nothing here knows of tasks."""

@@ -1,0 +1,1 @@
+"""What processes tell each other, and parameters that lie in pieces among them. Nothing here knows of tasks."""
