@@ -385,7 +385,7 @@ def copies(count, rank, device):
     training.step(0)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(training.optimizer)))
     training.step(1)
-    return copied._record.settings.processes == training.optimizer._record.processes, message(
+    return copied._record.settings.processes == training.optimizer._record.settings.processes, message(
         lambda: Processes("no such").group
     )
 
