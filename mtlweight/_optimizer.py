@@ -198,13 +198,13 @@ class MultiTaskOptimizer(Optimizer):
         Args:
             losses: mapping from task name to a scalar or ``[b]`` tensor (``None`` or no key: the task is absent); or a
                 tensor ``[m]`` or ``[m, b]``; or a callable that returns one of these, which lets the forward engine
-                run. It may be called more than once in a step, so draw the batch outside. A ``[b]`` loss counts by its
-                mean, unless the weighting writes weights per sample. A list of callables, one for each part of a batch
-                too large for memory: the weights are those of the whole batch.
+                run. It may be called more than once in a step, so draw the batch outside. A ``[b]`` loss is averaged
+                over the batch, unless the weighting writes weights per sample. A list of callables, one for each part
+                of a batch too large for memory: the weights are those of the whole batch.
             reference: the reference objective, such as the main task's loss on held-out data: a scalar or ``[b]``
-                tensor; several in a list, which count by their mean; one for each main task in a mapping, which count
-                by their sum; or a callable that returns one of these. Needed by weightings that read the alignment,
-                and by ``outer``; where there is neither, it is not evaluated.
+                tensor; several in a list, which are averaged; one for each main task in a mapping, which are added up;
+                or a callable that returns one of these. Needed by weightings that read the alignment, and by
+                ``outer``; where there is neither, it is not evaluated.
             mask: which samples have a label: mapping from task name to a ``[b]`` tensor of booleans (no key: all have),
                 or one ``[m, b]`` beside losses in a tensor. A sample without one is no part of its task: its weight is
                 0, and means are over the others. Its gradient must still be finite: give it any label. A list of masks
@@ -259,7 +259,7 @@ class MultiTaskOptimizer(Optimizer):
                 ``accelerator.sync_gradients``. Left out, it is the ``k``-th; then ``step`` raises if it comes earlier.
             weigh: ``"together"``: the first calls remember their losses, which must be callables that hold their data,
                 and return a scalar of value 0 whose backward leaves all gradients alone; the last one weighs them all
-                as one batch in parts, and returns ``divisor`` times its scalar. Their references count by their mean.
+                as one batch in parts, and returns ``divisor`` times its scalar. Their references are averaged.
                 ``"each"``: each is weighed by itself, one after the other, from the state that the one before it left;
                 that costs least. The report is of the last one, and has the one before it in ``earlier``.
             divisor: what the loop divides each scalar by, if not by ``k``: 1 for loops that do not divide, or the

@@ -146,8 +146,8 @@ def visit(reference: Any, each: Callable[[float, Tensor], None], mains: Sequence
     """Evaluates the scalars that a reference consists of, one after the other.
 
     Args:
-        reference: a scalar or ``[b]`` tensor; a list of references, which count by their mean; a mapping from main task
-            to reference, which count by their sum; or a callable that returns one of these.
+        reference: a scalar or ``[b]`` tensor; a list of references, which are averaged; a mapping from main task to
+            reference, which are added up; or a callable that returns one of these.
         each: called with the share of a scalar, and the scalar, before the next one is evaluated.
         mains: the tasks that a mapping must name.
         share: the share of all of it.
@@ -178,7 +178,7 @@ def visit(reference: Any, each: Callable[[float, Tensor], None], mains: Sequence
 
 
 def scalar(reference: Any) -> Tensor:
-    """The reference objective as a scalar with a graph; a ``[b]`` tensor counts by its mean.
+    """The reference objective as a scalar with a graph; a ``[b]`` tensor is averaged.
 
     Raises:
         MTLWeightError: if it is anything else.

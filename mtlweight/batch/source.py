@@ -62,7 +62,7 @@ class Source(Protocol):
         Args:
             weights: as ``writes`` says.
             writes: their level.
-            rows: what :meth:`gradients` has measured, if the step is to be made of it.
+            rows: from :meth:`gradients`, if the step is their weighted sum; else ``None``.
         """
 
     def penalty(self, objective: Callable[[Source], Tensor]) -> Tensor | None:

@@ -77,7 +77,7 @@ class Whole:
         return given.shares(self.stacked, list(self.losses), self.step.masks) if self.means is None else self.means
 
     def gradients(self, coefficients: Tensor | None) -> Rows:
-        """Over the shared parameters, and where the step is made of them over the heads too."""
+        """Over the shared parameters; over the heads too, where the step is the weighted sum of these rows."""
         step = self.step
         shared = step.shared_for("gradients")
         step.expect_real(shared)

@@ -23,9 +23,10 @@ LONG = 1 << 16
 
 @dataclass
 class Rows:
-    """The gradients of ``m`` outputs: for each group of inputs a vector, and one by one over all other leaves.
+    """The gradients of ``m`` outputs: one vector for each group of inputs, and one tensor for each other leaf.
 
-    Gramians and weighted sums need no Jacobian, which would be the same memory again, and a good part of a step's time.
+    Gramians and weighted sums need no Jacobian: to copy all gradients into one matrix would take twice the memory, and
+    a good part of a step's time.
 
     Args:
         inputs: the tensors that the columns belong to.
@@ -58,8 +59,8 @@ class Rows:
         Args:
             gradients: of one output after the other.
             m: their number.
-            inputs: see above.
-            rest: see above.
+            inputs: what the columns belong to.
+            rest: other leaves.
             whole: whether all inputs are one group, so that the block is ``J``.
         """
         count = len(inputs)
