@@ -6,12 +6,9 @@ import numpy as np
 
 from mtlweight._errors import MTLWeightError, SolverError
 from mtlweight.solvers._cancelling import cancelling, outside
-from mtlweight.solvers._rows import NULL, TOLERANCE, Array, Solution, all_finite, eigen, promised, rows_of
+from mtlweight.solvers._rows import NULL, TOLERANCE, Array, Solution, eigen, promised, rows_of
 
 _SUSPECT = 1e-10  # an improvement this small, relative to what it sums, calls for a look at what cancels
-_OPPOSED = 1e-6 - 1.0  # the cosine of two rows, down to which they are far from cancelling
-_SMALL = 16  # up to here an inverse costs little more than a solution, and serves twice
-_LEAST = math.ulp(0.0)  # the smallest positive number
 _ROUNDS = 500  # three to ten are common; rows whose scales differ by 1e12 take thirty if alpha is 0.1 or 10
 
 
@@ -98,7 +95,7 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
     with np.errstate(all="ignore"):  # what leaves the range is refused below
         x, residual = _fair(C, log_k, p)
         weights = np.exp(x - logs + middle * ((p - 1.0) / (p + 1.0)))
-    if not all_finite(weights):
+    if not np.isfinite(weights).all():
         raise SolverError(
             "alpha_fair expected weights within the range of float64, but found gradients of lengths "
             f"{norms.min():.3g} to {norms.max():.3g} and alpha={alpha}. Scale the losses, or take an alpha near 1."
@@ -111,8 +108,6 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
 
 def _fair(C: Array, log_k: Array, p: float) -> tuple[Array, float]:
     """The logarithms of y, and the residual."""
-    if len(C) == 2 and _OPPOSED < C[0, 1] <= 1.0:
-        return _pair(float(C[0, 1]), log_k, p)
     x, residual = _newton(C, log_k, p, _SUSPECT)
     if residual <= TOLERANCE:
         return x, residual
@@ -154,68 +149,27 @@ def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, fl
     """Solve u = Cy for x = log y and log u = log k - p x; stop where some u is below `suspect` of what it sums."""
     size = np.abs(C)
     far = 8.0 / (1.0 + p)  # an entry's change in one round: neither x nor log u = log k - p x may leap out of sight
-    twice = suspect > 0.0 and len(C) <= _SMALL
     x = log_k / (1.0 + p)  # without interaction
     y = np.exp(x)
-    x -= np.log(np.maximum(C.dot(y) / y, 0.1)) / (2.0 + p)
-    H, inverse, squared, residual = np.empty(C.shape), None, math.inf, math.inf
-    diagonal, best = H.reshape(-1)[:: len(H) + 1], (x, math.inf)
-    for k in range(_ROUNDS):  # few operations, since each takes about as long for two rows as for sixty
-        y, u = np.exp(x), np.exp(log_k - p * x)
-        gap = u - C.dot(y)
-        near = not squared > 1e-14  # or nan
-        if near or not suspect or k % 8 == 7:  # it may have come to a halt; seldom sooner
-            summed = size.dot(y)
-            if suspect and (u / summed).min() < suspect:
-                return x, math.inf
-            last, residual = residual, float(abs(gap / summed).max())
-            if residual <= 1e-14 or (near and not residual < last / 2):
-                return (x, residual) if residual <= best[1] else best
-            if residual < best[1]:  # where rows nearly cancel, rounding may keep it from ever coming to a halt
-                best = x.copy(), residual
-        if inverse is not None:
-            change, inverse = inverse.dot(gap), None
-        else:
-            np.multiply(C, y, out=H)
-            diagonal += p * u
-            try:
-                inverse = np.linalg.inv(H) if twice else None
-                change = np.linalg.solve(H, gap) if inverse is None else inverse.dot(gap)
-            except np.linalg.LinAlgError:
-                break
-        squared = change.dot(change)
-        if not suspect:  # y changes in proportion, so that what cancels in Cy still does
-            x += np.log1p(np.minimum(np.maximum(change, -0.95), 10.0))
-        elif squared < 1.0:
-            x += change
-        else:  # each for itself: this takes far fewer rounds than one common step length
-            x += np.minimum(np.maximum(change, -far), far)
-            inverse = None
-    return (x, math.inf) if suspect else best
-
-
-def _pair(c: float, log_k: Array, p: float) -> tuple[Array, float]:
-    """The same for two rows of cosine `c`, in scalars.
-
-    Let exp(t) be the ratio of their lengths and exp(s) that of their gains, the row of the larger k over the other.
-    Either s = g(t), or t = g(s) if c < 0, with g(z) = log((1 + |c| exp(-z)) / (|c| + exp(-z))), and s + p t is the
-    difference of their log k. Since g is increasing and concave, Newton's method rises from 0 to the root.
-    """
-    (low, high), size = sorted(log_k.tolist()), abs(c)
-    a, b = (p, 1.0) if c >= 0.0 else (1.0, p)
-    z, g = 0.0, 0.0
+    x = x - np.log(np.maximum(C @ y / y, 0.1)) / (2.0 + p)
+    best, change = (x, math.inf), np.full_like(x, math.inf)
     for _ in range(_ROUNDS):
-        r = math.exp(-z) or _LEAST
-        g = math.log1p(size * r) - math.log(size + r)
-        slope = (1.0 - size * size) * r / ((1.0 + size * r) * (size + r))
-        change = (high - low - a * z - b * g) / (a + b * slope)
-        z += change
-        g += slope * change
-        if not change > 1e-8 * z:  # the next would be the square of this one; or is nan
+        y, u = np.exp(x), np.exp(log_k - p * x)
+        gap, summed = u - C @ y, size @ y
+        if (u / summed).min() < suspect:
             break
-    t = z if c >= 0.0 else g
-    r = math.exp(-t) or _LEAST
-    x = (high - math.log1p(c * r)) / (1.0 + p)
-    targets = math.exp(min(high - p * x - x, 1.0)), math.exp(min(low - p * (x - t) - x, 1.0))  # at most 2, if right
-    residual = max(abs(1.0 + c * r - targets[0]) / (1.0 + size * r), abs(c + r - targets[1]) / (size + r))
-    return np.array((x, x - t) if log_k[0] >= log_k[1] else (x - t, x)), residual
+        residual = float(np.abs(gap / summed).max())
+        halted = change @ change <= 1e-14 and not residual < best[1] / 2
+        if residual < best[1]:  # where rows nearly cancel, rounding may keep it from ever coming to a halt
+            best = x, residual
+        if halted or residual <= 1e-14:
+            return best
+        try:
+            change = np.linalg.solve(C * y + np.diag(p * u), gap)
+        except np.linalg.LinAlgError:
+            break
+        if suspect:  # each for itself: this takes far fewer rounds than one common step length
+            x = x + np.clip(change, -far, far)
+        else:  # y changes in proportion, so that what cancels in Cy still does
+            x = x + np.log1p(np.clip(change, -0.95, 10.0))
+    return (x, math.inf) if suspect else best

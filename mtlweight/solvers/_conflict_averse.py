@@ -8,9 +8,8 @@ import numpy.typing as npt
 from mtlweight._errors import MTLWeightError
 from mtlweight.solvers._cancelling import cancelling
 from mtlweight.solvers._nonnegative import complementary
-from mtlweight.solvers._rows import EPS, TOLERANCE, Array, Solution, promised, rows_of
+from mtlweight.solvers._rows import EPS, INDEPENDENT, TOLERANCE, Array, Solution, promised, rows_of
 
-_DEFINITE = 1e-6  # least squared pivot of cosines that are solved as they are
 _CANCELLED = 1e-15  # the squared relative length of an average that is nothing but rounding
 _BOUND = 1e7  # the most by which summed lengths may exceed the average's, so that rounding stays below the residual
 
@@ -134,7 +133,7 @@ class _Problem:
     def _piece(self, free: npt.NDArray[np.bool_]) -> tuple[Array, float]:
         """The solution if these rows, and no others, have multipliers: y is linear in t, and the sphere gives t."""
         sides, block = self.sides[:, free], self.C[free][:, free]
-        if self.pivot > _DEFINITE:
+        if self.pivot > INDEPENDENT:
             solved = np.linalg.solve(block, sides.T)
         else:
             solved = np.linalg.lstsq(block, sides.T, rcond=1e-13)[0]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mtlweight.solvers._rows import NONE, NULL, TINY, Array, Solution, eigen, promised, rows_of, solved, times
+from mtlweight.solvers._rows import NONE, NULL, TINY, Array, Rows, Solution, eigen, promised, solve_each, solved
 
 _ROUNDING = 1e-14  # a sum this far below its terms is nothing but rounding
 
@@ -57,25 +57,30 @@ def conflict_free(gramian: Array) -> Solution:
         - Q. Liu, M. Chu and N. Thuerey, "ConFIG: towards conflict-free training of physics informed neural networks",
           2408.11104, 2024, equations 2 and 3.
     """
-    rows = rows_of(gramian, "conflict_free", stacks=True)
+    return solve_each(gramian, "conflict_free", _direction)
+
+
+def _direction(rows: Rows) -> Solution:
     ones = (rows.norms > 0.0).astype(np.float64)
     C, y = rows.cosines, solved(rows, ones, _least_squares)
-    projections = times(C, y)
-    size = np.abs(C)
-    terms = times(size, ones + times(size, np.abs(y)))
-    error = np.abs(times(C, ones - projections)) / np.maximum(terms, TINY)
-    error *= ones * y.any(axis=-1, keepdims=True)
-    residual = promised("conflict_free", float(error.max()), C.shape[-1])
-    scaled = rows.norms / np.maximum(rows.norms.max(axis=-1, keepdims=True), TINY)
-    length, squared = (scaled * projections).sum(axis=-1), (y * projections).sum(axis=-1)
-    moves = np.abs(length) > _ROUNDING * (scaled * np.abs(projections)).sum(axis=-1)
-    scale = np.divide(length, squared, out=np.zeros_like(length), where=moves)
-    return Solution(scale[..., None] * np.divide(y, scaled, out=np.zeros_like(y), where=scaled > 0.0), residual)
+    if not y.any():
+        return Solution(y, 0.0)
+    projections, size = C @ y, np.abs(C)
+    terms = size @ (ones + size @ np.abs(y))
+    error = np.abs(C @ (ones - projections)) / np.maximum(terms, TINY)
+    residual = promised("conflict_free", float((error * ones).max()), len(C))
+    scaled = rows.norms / rows.norms.max()
+    length = scaled @ projections
+    if abs(length) <= _ROUNDING * (scaled @ np.abs(projections)):
+        return Solution(np.zeros_like(y), residual)
+    scale = length / (y @ projections)
+    return Solution(scale * np.divide(y, scaled, out=np.zeros_like(y), where=scaled > 0.0), residual)
 
 
 def _least_squares(C: Array, ones: Array) -> Array:
     values, vectors = eigen(C)
-    kept = values > NULL * values.shape[-1]
-    shares = np.where(kept, times(vectors.swapaxes(-2, -1), ones), 0.0)
-    shares[np.linalg.norm(shares, axis=-1) <= NONE] = 0.0
-    return times(vectors, shares / np.where(kept, values, 1.0)) * ones
+    kept = values > NULL * len(values)
+    shares = np.where(kept, vectors.T @ ones, 0.0)
+    if np.linalg.norm(shares) <= NONE:
+        return np.zeros_like(ones)
+    return vectors @ (shares / np.where(kept, values, 1.0)) * ones

@@ -27,8 +27,7 @@ def dual_cone(gramian: Array, preferences: Array) -> Solution:
 
     **Method.** In the lengths :math:`y_i = \lambda_i \|g_i\|` and the cosines of the rows this is a nonnegative
     quadratic program for each `u`, solved for all of them at once by block principal pivoting. Where the rows depend on
-    each other a proximal point iteration makes it strictly convex, as in `min_norm`. Two gradients and nonnegative `u`
-    have a closed form.
+    each other a proximal point iteration makes it strictly convex, as in `min_norm`.
 
     **Degenerate input.** The projection always exists and is unique; its weights need not be, and those of least
     :math:`\sum_i \lambda_i^2 \|g_i\|^2` are taken. A zero row conflicts with nothing and keeps :math:`v_i = u_i`.
@@ -75,10 +74,6 @@ def dual_cone(gramian: Array, preferences: Array) -> Solution:
     C = rows.cosines
     X = np.atleast_2d(U) * rows.norms
     Q = -(X @ C)
-    if Q.max() <= 0.0 or (m == 2 and X.min() >= 0.0):
-        # No conflict; or two rows, of which only one can conflict, and is cleared by the other.
-        Y, residuals = np.maximum(Q, 0.0), np.zeros(len(X))
-    else:
-        Y, residuals = complementary(C, Q, np.abs(X).sum(axis=1), rows.pivot)
+    Y, residuals = complementary(C, Q, np.abs(X).sum(axis=1), rows.pivot)
     V = U + (Y * rows.inverse).reshape(U.shape)
     return Solution(V, promised("dual_cone", float(residuals.max()), m))

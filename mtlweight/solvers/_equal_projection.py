@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from mtlweight.solvers._rows import NONE, NULL, TINY, Array, Solution, eigen, promised, rows_of, solved, times
+from mtlweight.solvers._rows import NONE, NULL, Array, Rows, Solution, eigen, promised, solve_each, solved
 
 _RIDGE = 1e-11
 
@@ -65,33 +65,31 @@ def equal_projection(gramian: Array, total: Literal["sum", "absolute"] = "sum") 
     References:
         - L. Liu et al., "Towards impartial multi-task learning", ICLR 2021, section 3.1.
     """
-    rows = rows_of(gramian, "equal_projection", stacks=True)
-    C, m = rows.cosines, rows.cosines.shape[-1]
-    y = (rows.norms > 0.0).astype(np.float64)
-    kappa = y
-    if m == 2:
-        kappa = y * (1.0 + C[..., :1, 1])
-    else:
-        y = solved(rows, y, _limit)
-    gap = times(C, y) - kappa
-    if rows.dependent.any():  # what the rounding of rows leaves outside of their span cannot be met
-        gap = np.where(rows.dependent[..., None], times(C, gap), gap)
-    off = np.abs(gap).max(axis=-1) / np.maximum(np.abs(y).sum(axis=-1), TINY)
-    residual = promised("equal_projection", float(off.max()), m)
+    return solve_each(gramian, "equal_projection", lambda rows: _combination(rows, total))
+
+
+def _combination(rows: Rows, total: str) -> Solution:
+    C, m = rows.cosines, len(rows.norms)
+    ones = (rows.norms > 0.0).astype(np.float64)
+    if not ones.any():
+        return Solution(ones + 1.0 / m, 0.0)
+    y = solved(rows, ones, _limit)
+    gap = C @ y - ones
+    if rows.pivot == 0.0:
+        gap = C @ gap  # what the rounding of rows leaves outside of their span cannot be met
+    residual = promised("equal_projection", float(np.abs(gap).max() / np.abs(y).sum()), m)
     w = y * rows.inverse
-    size = np.abs(w).sum(axis=-1, keepdims=True)
-    scale = w.sum(axis=-1, keepdims=True) if total == "sum" else size
-    weights = np.divide(w, scale, out=np.zeros_like(w), where=np.abs(scale) > NONE * size)
-    weights[~size.any(axis=-1)] = 1.0 / m  # nothing but zero rows
-    return Solution(weights, residual)
+    size = np.abs(w).sum()
+    scale = w.sum() if total == "sum" else size
+    return Solution(w / scale if abs(scale) > NONE * size else np.zeros_like(w), residual)
 
 
 def _limit(C: Array, ones: Array) -> Array:
     """Three steps of a proximal point iteration, `(C + ridge) y' = 1 + ridge y`, from zero."""
     values, vectors = eigen(C)
-    shares = times(vectors.swapaxes(-2, -1), ones)
-    null = values < values.shape[-1] * NULL
+    shares = vectors.T @ ones
+    null = values < len(values) * NULL
     shares[null & (np.abs(shares) < NONE)] = 0.0
     values[null] = 0.0
     ratio = _RIDGE / (values + _RIDGE)
-    return times(vectors, shares * (1.0 + ratio + ratio**2) / (values + _RIDGE)) * ones
+    return vectors @ (shares * (1.0 + ratio + ratio**2) / (values + _RIDGE)) * ones

@@ -3,9 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
-from mtlweight.solvers._rows import EPS, RIDGE, Array, ridged
+from mtlweight.solvers._rows import EPS, INDEPENDENT, RIDGE, Array, ridged
 
-_DEFINITE = 1e-6  # least squared pivot of cosines that need no ridge
 _ROUNDS = 12  # of exchanges; a row that takes longer probably cycles
 _SMALL = 16  # up to here masking costs less than gathering, and another round less than a good guess
 
@@ -77,7 +76,7 @@ def complementary(C: Array, Q: Array, lengths: Array, pivot: float) -> tuple[Arr
         lengths: `[r]`.
         pivot: The least squared pivot of `C`.
     """
-    if pivot > _DEFINITE:
+    if pivot > INDEPENDENT:
         Z = nonnegative_quadratics(C, Q)
         return Z, _residuals(C, Q, Z, lengths)
     H = ridged(C)
