@@ -8,7 +8,7 @@ from mtlweight._errors import MTLWeightError, SolverError
 from mtlweight.solvers._cancelling import cancelling, outside
 from mtlweight.solvers._rows import NULL, TOLERANCE, Array, Solution, eigen, promised, rows_of
 
-_SUSPECT = 1e-10  # an improvement this small, relative to what it sums, calls for a look at what cancels
+_SUSPECT = 1e-10  # where an improvement is this small, relative to what it sums, rows may cancel
 _ROUNDS = 500  # three to ten are common; rows whose scales differ by 1e12 take thirty if alpha is 0.1 or 10
 
 
@@ -81,28 +81,22 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
     if not (alpha > 0.0 and math.isfinite(alpha)):
         raise MTLWeightError(f"alpha_fair expected a positive, finite alpha, but found {alpha}. 1 is Nash bargaining.")
     rows = rows_of(gramian, "alpha_fair")
-    norms, C = rows.norms, rows.cosines
-    alive = None
-    if norms.min() == 0.0:
-        alive, every = ~rows.zero, np.zeros(len(norms))
-        if not alive.any():
-            return Solution(every, 0.0)
-        norms, C = norms[alive], C[np.ix_(alive, alive)]
+    alive, weights = ~rows.zero, np.zeros(len(rows.norms))
+    if not alive.any():
+        return Solution(weights, 0.0)
+    C = rows.cosines[np.ix_(alive, alive)]
     p = 1.0 / alpha
-    logs = np.log(norms)
-    middle = float(logs.sum()) / len(logs)  # the gradients' scale, which scales the weights
-    log_k = (p - 1.0) * (logs - middle)
+    logs = np.log(rows.norms[alive])
+    scale = logs.mean()
     with np.errstate(all="ignore"):  # what leaves the range is refused below
-        x, residual = _fair(C, log_k, p)
-        weights = np.exp(x - logs + middle * ((p - 1.0) / (p + 1.0)))
+        x, residual = _fair(C, (p - 1.0) * (logs - scale), p)
+        weights[alive] = np.exp(x - logs + scale * ((p - 1.0) / (p + 1.0)))
     if not np.isfinite(weights).all():
         raise SolverError(
             "alpha_fair expected weights within the range of float64, but found gradients of lengths "
-            f"{norms.min():.3g} to {norms.max():.3g} and alpha={alpha}. Scale the losses, or take an alpha near 1."
+            f"{math.exp(logs.min()):.3g} to {math.exp(logs.max()):.3g} and alpha={alpha}. Scale the losses, or take an "
+            "alpha near 1."
         )
-    if alive is not None:
-        every[alive] = weights
-        weights = every
     return Solution(weights, promised("alpha_fair", residual, len(weights)))
 
 
@@ -138,17 +132,12 @@ def _without(C: Array, log_k: Array, p: float, z: Array) -> tuple[Array, float]:
         y[rest], target[rest] = np.exp(x), np.exp(log_k[rest] - p * x)
         share = -shares[:, rest] @ y[rest]  # takes the part of the step that lies in the span of S away
     y[S] = share + ((least[S] - share) / z[S]).max() * z[S]
-    return np.log(y), _residual(C, y, target)
-
-
-def _residual(C: Array, y: Array, target: Array) -> float:
-    return float(abs((C @ y - target) / (np.abs(C) @ y)).max())
+    return np.log(y), float(np.abs((C @ y - target) / (np.abs(C) @ y)).max())
 
 
 def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, float]:
-    """Solve u = Cy for x = log y and log u = log k - p x; stop where some u is below `suspect` of what it sums."""
+    """Solve u = Cy for x = log y and log u = log k - p x; give up where some u is below `suspect` of what it sums."""
     size = np.abs(C)
-    far = 8.0 / (1.0 + p)  # an entry's change in one round: neither x nor log u = log k - p x may leap out of sight
     x = log_k / (1.0 + p)  # without interaction
     y = np.exp(x)
     x = x - np.log(np.maximum(C @ y / y, 0.1)) / (2.0 + p)
@@ -157,19 +146,16 @@ def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, fl
         y, u = np.exp(x), np.exp(log_k - p * x)
         gap, summed = u - C @ y, size @ y
         if (u / summed).min() < suspect:
-            break
+            return x, math.inf
         residual = float(np.abs(gap / summed).max())
         halted = change @ change <= 1e-14 and not residual < best[1] / 2
         if residual < best[1]:  # where rows nearly cancel, rounding may keep it from ever coming to a halt
             best = x, residual
         if halted or residual <= 1e-14:
-            return best
+            break
         try:
             change = np.linalg.solve(C * y + np.diag(p * u), gap)
         except np.linalg.LinAlgError:
             break
-        if suspect:  # each for itself: this takes far fewer rounds than one common step length
-            x = x + np.clip(change, -far, far)
-        else:  # y changes in proportion, so that what cancels in Cy still does
-            x = x + np.log1p(np.clip(change, -0.95, 10.0))
-    return (x, math.inf) if suspect else best
+        x = x + np.log1p(np.clip(change, -0.95, 10.0))  # y changes in proportion, so that what cancels in Cy still does
+    return best

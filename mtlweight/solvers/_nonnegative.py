@@ -6,7 +6,6 @@ import numpy.typing as npt
 from mtlweight.solvers._rows import EPS, INDEPENDENT, RIDGE, Array, ridged
 
 _ROUNDS = 12  # of exchanges; a row that takes longer probably cycles
-_SMALL = 16  # up to here masking costs less than gathering, and another round less than a good guess
 
 
 def nonnegative_quadratic(H: Array, q: Array, z: Array) -> Array:
@@ -47,7 +46,7 @@ def nonnegative_quadratics(H: Array, Q: Array, free: npt.NDArray[np.bool_] | Non
     m = Q.shape[1]
     Z = np.zeros_like(Q)
     guess = free
-    free = guess.copy() if guess is not None else _guess(H, Q) if m > _SMALL else Q > 0.0
+    free = Q > 0.0 if guess is None else guess.copy()
     rows = np.arange(len(Q))
     for _ in range(_ROUNDS):
         q, inside = Q[rows], free[rows]
@@ -102,36 +101,10 @@ def _residuals(C: Array, Q: Array, Z: Array, lengths: Array) -> Array:
     return ratio
 
 
-def _guess(H: Array, Q: Array) -> npt.NDArray[np.bool_]:
-    """The entries that are free after 20 accelerated steps of projected gradient descent."""
-    rate = 1.0 / min(np.abs(H).sum(axis=1).max(), np.sqrt(np.square(H).sum()))
-    Z = ahead = np.zeros_like(Q)
-    for step in range(20):
-        last, Z = Z, np.maximum(ahead - rate * (ahead @ H - Q), 0.0)
-        ahead = Z + step / (step + 3) * (Z - last)
-    free: npt.NDArray[np.bool_] = Z > 0.0
-    return free
-
-
 def _restricted(H: Array, Q: Array, free: npt.NDArray[np.bool_]) -> Array:
     """Each row's unconstrained minimiser over its free entries, `[r, m]`; the others are zero."""
+    blocks = np.where(free[:, :, None] & free[:, None, :], H, 0.0)
     m = len(H)
-    count = free.sum(axis=1)
-    k = int(count.max())
-    if k == 0:
-        return np.zeros_like(Q)
-    if m <= _SMALL:
-        blocks = np.where(free[:, :, None] & free[:, None, :], H, 0.0)
-        blocks[:, range(m), range(m)] += ~free
-        z: Array = np.linalg.solve(blocks, np.where(free, Q, 0.0)[..., None])[..., 0]
-        return z
-    order = np.argsort(~free, axis=1, kind="stable")[:, :k]  # the free entries first, then padding
-    inside = np.arange(k) < count[:, None]
-    blocks = H[order[:, :, None], order[:, None, :]]
-    blocks *= inside[:, :, None]
-    blocks *= inside[:, None, :]
-    blocks[:, range(k), range(k)] += ~inside
-    q = np.take_along_axis(Q, order, axis=1) * inside
-    Z = np.zeros_like(Q)
-    np.put_along_axis(Z, order, np.linalg.solve(blocks, q[..., None])[..., 0], axis=1)
-    return Z
+    blocks[:, range(m), range(m)] += ~free
+    z: Array = np.linalg.solve(blocks, np.where(free, Q, 0.0)[..., None])[..., 0]
+    return z
