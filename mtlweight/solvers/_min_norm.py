@@ -3,7 +3,7 @@
 import numpy as np
 
 from mtlweight.solvers._cancelling import cancelling
-from mtlweight.solvers._proximal import kkt, proximal
+from mtlweight.solvers._nonnegative import kkt, shortest
 from mtlweight.solvers._rows import INDEPENDENT, TOLERANCE, Array, Solution, promised, rows_of
 
 
@@ -72,7 +72,7 @@ def min_norm(gramian: Array) -> Solution:
     if least == 0.0:
         return Solution(rows.zero / rows.zero.sum(), 0.0)
     d = least / norms
-    z = proximal(C, d)
+    z = shortest(C, d)
     if rows.pivot < INDEPENDENT:
         z = _vanishing(C, d, z)
     return Solution(z * d / (z @ d), promised("min_norm", kkt(C, d, z), len(d)))
@@ -86,5 +86,5 @@ def _vanishing(C: Array, d: Array, z: Array) -> Array:
     if not S.any():
         return z
     better = np.zeros_like(z)
-    better[S] = proximal(C[np.ix_(S, S)], d[S] / d[S].max())  # without the smaller rows
+    better[S] = shortest(C[np.ix_(S, S)], d[S] / d[S].max())  # without the smaller rows
     return better if kkt(C, d, better) <= TOLERANCE / 100 else z

@@ -1,5 +1,7 @@
 """Quadratic programs over nonnegative vectors, solved exactly."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -65,7 +67,7 @@ def nonnegative_quadratics(H: Array, Q: Array, free: npt.NDArray[np.bool_] | Non
 
 
 def complementary(C: Array, Q: Array, lengths: Array, pivot: float) -> tuple[Array, Array]:
-    """The same for cosines `C`, which may be singular, by a proximal point iteration, with the residual of each row.
+    """The same for cosines `C`, which may be singular, with the residual of each row.
 
     The residual is the largest `|min(z, Cz - q)|`, divided by the sum of z and of the lengths that z is added to.
 
@@ -75,30 +77,50 @@ def complementary(C: Array, Q: Array, lengths: Array, pivot: float) -> tuple[Arr
         lengths: `[r]`.
         pivot: The least squared pivot of `C`.
     """
-    if pivot > INDEPENDENT:
-        Z = nonnegative_quadratics(C, Q)
-        return Z, _residuals(C, Q, Z, lengths)
+
+    def residuals(Z: Array) -> Array:
+        unit = lengths + Z.sum(axis=1)
+        worst = np.abs(np.minimum(Z, Z @ C - Q)).max(axis=1)
+        return np.divide(worst, unit, out=np.zeros_like(unit), where=unit > 0.0)
+
+    Z = nonnegative_quadratics(C, Q) if pivot > INDEPENDENT else proximal(C, Q, residuals)
+    return Z, residuals(Z)
+
+
+def proximal(C: Array, Q: Array, residuals: Callable[[Array], Array]) -> Array:
+    """The same for cosines `C`, which may be singular, by a proximal point iteration, as long as it halves a residual.
+
+    Args:
+        C: Cosines, `[m, m]`.
+        Q: `[r, m]`.
+        residuals: Those of `Z`, `[r]`.
+    """
     H = ridged(C)
     Z = nonnegative_quadratics(H, Q)
-    residuals = _residuals(C, Q, Z, lengths)
+    found = residuals(Z)
     for _ in range(10):
-        if residuals.max() <= EPS:
+        if found.max() <= EPS:
             break
         closer = nonnegative_quadratics(H, Q + RIDGE * Z, Z > 0.0)
-        last, residuals = residuals, _residuals(C, Q, closer, lengths)
-        better = residuals < last
+        last, found = found, residuals(closer)
+        better = found < last
         Z[better] = closer[better]
-        residuals = np.where(better, residuals, last)
-        if (residuals > last / 2).all():
+        found = np.where(better, found, last)
+        if (found > last / 2).all():
             break
-    return Z, residuals
+    return Z
 
 
-def _residuals(C: Array, Q: Array, Z: Array, lengths: Array) -> Array:
-    unit = lengths + Z.sum(axis=1)
-    worst = np.abs(np.minimum(Z, Z @ C - Q)).max(axis=1)
-    ratio: Array = np.divide(worst, unit, out=np.zeros_like(unit), where=unit > 0.0)
-    return ratio
+def shortest(C: Array, d: Array) -> Array:
+    """Minimise ½zᵀCz - dᵀz over z >= 0, up to the length of z, which is infinite where the rows cancel."""
+    return proximal(C, d[None], lambda Z: np.array([kkt(C, d, Z[0])]))[0]
+
+
+def kkt(C: Array, d: Array, z: Array) -> float:
+    """The residual of z, whatever its length."""
+    v = z / (z @ d)
+    x = C @ v
+    return float(np.maximum((v @ x) * d - x, 0.0).max() / v.sum())
 
 
 def _restricted(H: Array, Q: Array, free: npt.NDArray[np.bool_]) -> Array:

@@ -37,8 +37,8 @@ class Solution(NamedTuple):
 class Rows(NamedTuple):
     """The rows of J, up to a rotation: their lengths, their cosines, and how far they are from dependent.
 
-    `pivot` is the least squared pivot of the cosines' Cholesky factor, zero where rows depend on each other. A zero row has
-    length 0 and counts as orthogonal to all others.
+    `pivot` is the least squared pivot of the cosines' Cholesky factor, or zero where rows depend on each other. A zero
+    row has length 0 and counts as orthogonal to all others.
     """
 
     norms: Array

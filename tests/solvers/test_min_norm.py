@@ -182,7 +182,7 @@ def test_what_is_no_gramian_is_refused(gramian, message):
 
 def test_an_answer_above_the_residual_is_withheld(monkeypatch):
     module = importlib.import_module("mtlweight.solvers._min_norm")
-    monkeypatch.setattr(module, "proximal", lambda C, _: np.ones(len(C)))
+    monkeypatch.setattr(module, "shortest", lambda C, _: np.ones(len(C)))
     with pytest.raises(SolverError, match=r"stopped at 0\.\d+ \(m=3\)"):
         min_norm(np.diag([1.0, 4.0, 9.0]))
 
