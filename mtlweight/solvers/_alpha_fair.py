@@ -140,7 +140,7 @@ def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, fl
     size = np.abs(C)
     x = log_k / (1.0 + p)  # without interaction
     y = np.exp(x)
-    x = x - np.log(np.maximum(C @ y / y, 0.1)) / (2.0 + p)
+    x -= np.log(np.maximum(C @ y / y, 0.1)) / (2.0 + p)
     best, change = (x, math.inf), np.full_like(x, math.inf)
     for _ in range(_ROUNDS):
         y, u = np.exp(x), np.exp(log_k - p * x)

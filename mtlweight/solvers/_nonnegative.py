@@ -81,7 +81,8 @@ def complementary(C: Array, Q: Array, lengths: Array, pivot: float) -> tuple[Arr
     def residuals(Z: Array) -> Array:
         unit = lengths + Z.sum(axis=1)
         worst = np.abs(np.minimum(Z, Z @ C - Q)).max(axis=1)
-        return np.divide(worst, unit, out=np.zeros_like(unit), where=unit > 0.0)
+        found: Array = np.divide(worst, unit, out=np.zeros_like(unit), where=unit > 0.0)
+        return found
 
     Z = nonnegative_quadratics(C, Q) if pivot > INDEPENDENT else proximal(C, Q, residuals)
     return Z, residuals(Z)
@@ -113,7 +114,8 @@ def proximal(C: Array, Q: Array, residuals: Callable[[Array], Array]) -> Array:
 
 def shortest(C: Array, d: Array) -> Array:
     """Minimise ½zᵀCz - dᵀz over z >= 0, up to the length of z, which is infinite where the rows cancel."""
-    return proximal(C, d[None], lambda Z: np.array([kkt(C, d, Z[0])]))[0]
+    z: Array = proximal(C, d[None], lambda Z: np.array([kkt(C, d, Z[0])]))[0]
+    return z
 
 
 def kkt(C: Array, d: Array, z: Array) -> float:
