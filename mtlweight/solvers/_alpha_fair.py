@@ -150,12 +150,12 @@ def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, fl
         residual = float(np.abs(gap / summed).max())
         halted = change @ change <= 1e-14 and not residual < best[1] / 2
         if residual < best[1]:  # where rows nearly cancel, rounding may keep it from ever coming to a halt
-            best = x, residual
+            best = x.copy(), residual
         if halted or residual <= 1e-14:
             break
         try:
             change = np.linalg.solve(C * y + np.diag(p * u), gap)
         except np.linalg.LinAlgError:
             break
-        x = x + np.log1p(np.clip(change, -0.95, 10.0))  # y changes in proportion, so that what cancels in Cy still does
+        x += np.log1p(np.clip(change, -0.95, 10.0))  # y changes in proportion, so that what cancels in Cy still does
     return best
