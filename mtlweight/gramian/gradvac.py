@@ -25,7 +25,7 @@ class GradVac(Weighting):
     For each task ``i``, ``g = g_i``; for all other tasks ``j`` in a random order, with the cosine ``φ`` of ``g`` and
     ``g_j`` and the target ``φ̂_ij``: if ``φ < φ̂_ij`` then ``g ← g + |g| (φ̂_ij √(1-φ²) - φ √(1-φ̂_ij²)) / (|g_j|
     √(1-φ̂_ij²)) g_j``, which makes the cosine ``φ̂_ij``; and ``φ̂_ij ← (1-β) φ̂_ij + β φ``. The step is the sum of all
-    ``g``. Targets start at 0, where it is :class:`PCGrad`; later gradients that merely agree less than usual are
+    ``g``. Targets start at 0, where it is :class:`PCGrad`; later, gradients that merely agree less than usual are
     turned too.
 
     *Reads* the Gramian and ``view.generator``. *Writes* ``[m]``, at least 1 each. *State* per task: its targets, one
@@ -44,7 +44,7 @@ class GradVac(Weighting):
     tensor([1.5000, 1.5000])
 
     *Differs from the paper* in that cosines are over all shared parameters together; its best results take one a layer.
-    Targets move whether or not the gradient was turned, as in its Algorithm 1; LibMTL moves them only if it was.
+    Targets move even if the gradient was not turned, as in its Algorithm 1; LibMTL moves them only if it was.
 
     References:
         Wang, Tsvetkov, Firat, Cao, "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively

@@ -18,11 +18,9 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
     .. math::
         w > 0, \qquad (G w)_i = w_i^{-1/\alpha} \quad \text{for all } i
 
-    - `G`: the inner products of the gradients :math:`g_i`, `[m, m]`, so that :math:`(G w)_i = \langle g_i, d \rangle`
-      is what the step :math:`d = J^\top w` improves objective `i` by.
-
-    This is where the gradient of the strictly convex :math:`\frac12 w^\top G w - \sum_i \int w_i^{-1/\alpha} dw_i`
-    vanishes: there is one solution exactly if no convex combination of gradients is zero, whatever their rank.
+    `G`, `[m, m]`, has the inner products of the gradients :math:`g_i`, so that the step :math:`d = J^\top w` improves
+    objective `i` by :math:`(G w)_i = \langle g_i, d \rangle`. There is exactly one solution if no convex combination of
+    gradients is zero, whatever their rank.
 
     **Residual.** The componentwise relative backward error: the weights are exact for a Gramian whose entries are
     changed by that much of themselves.
@@ -30,22 +28,18 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
     .. math::
         \max_i \frac{|(G w)_i - w_i^{-1/\alpha}|}{\sum_j |G_{ij}| w_j}
 
-    **Method.** In the lengths :math:`y_i = w_i \|g_i\|` and the cosines `C` of the rows, with
-    :math:`k_i = \|g_i\|^{1/\alpha - 1}`, the equation :math:`C y = k y^{-1/\alpha}` is solved by Newton's method in
-    :math:`\log y`, which keeps both sides positive. For two rows it comes down to one equation in a scalar, increasing
-    and concave: the logarithm of the ratio of their lengths, or of their gains if they conflict. For `alpha = 1` the
-    lengths of the gradients drop out altogether. An `alpha` of 10 or more or of 0.1 or less can fail, where rows are of
-    very different scale or nearly depend on each other.
+    **Method.** Newton's method for :math:`C y = k y^{-1/\alpha}` in :math:`\log y`, which keeps both sides positive:
+    `C` has the cosines of the rows, :math:`y_i = w_i \|g_i\|` and :math:`k_i = \|g_i\|^{1/\alpha - 1}`. With an `alpha`
+    of 10 or more or of 0.1 or less it can fail, where rows are of very different scale or nearly depend on each other.
 
     **Degenerate input.** Where a convex combination of gradients vanishes, no step improves all of its objectives, and
-    the equation has no solution: the weights would grow without bound. Take all objectives that occur in such a
-    combination, `S`. The answer is the limit of solutions that exist: `d` is orthogonal to the gradients of `S`, so
-    that their losses stay as they are to first order, and the others solve the equation with what the projection on
-    that complement leaves of their gradients. If all are in `S`, the step is zero. Adding what cancels to the weights
-    in `S` changes nothing; as much of it is added as makes all of them at least as large as without any interaction,
+    there is no solution. Let `S` be all objectives in such combinations. The answer is the limit of solutions that
+    exist: `d` is orthogonal to the gradients of `S`, whose losses stay as they are to first order, and the others solve
+    the equation with their gradients projected on that complement. If all are in `S`, the step is zero. Weights in `S`
+    are known up to what cancels; the least is added that makes each at least as large as without any interaction,
     :math:`w_i \ge \|g_i\|^{-2\alpha/(1 + \alpha)}`. For rows in `S` the residual's numerator is :math:`|(G w)_i|`.
-    Gradients count as cancelling where less than :math:`10^{-6}` of their summed lengths is left. A zero row
-    has nothing to gain: its weight is 0.
+    Gradients count as cancelling where less than :math:`10^{-6}` of their summed lengths is left. A zero row has weight
+    0.
 
     Args:
         gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`. It is not changed.
@@ -68,8 +62,6 @@ def alpha_fair(gramian: Array, alpha: float = 1.0) -> Solution:
         array([0.707107, 1.414214])
         >>> (G @ weights * weights).round(6)
         array([1., 1.])
-        >>> residual < 1e-8
-        True
 
     References:
         - J. Nash, "The bargaining problem", Econometrica 18, 1950.
@@ -154,7 +146,7 @@ def _newton(C: Array, log_k: Array, p: float, suspect: float) -> tuple[Array, fl
         if halted or residual <= 1e-14:
             break
         try:
-            change = np.linalg.solve(C * y + np.diag(p * u), gap)
+            change = np.asarray(np.linalg.solve(C * y + np.diag(p * u), gap), dtype=np.float64)
         except np.linalg.LinAlgError:
             break
         x += np.log1p(np.clip(change, -0.95, 10.0))  # y changes in proportion, so that what cancels in Cy still does

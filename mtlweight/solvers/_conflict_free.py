@@ -8,34 +8,33 @@ _ROUNDING = 1e-14  # a sum this far below its terms is nothing but rounding
 
 
 def conflict_free(gramian: Array) -> Solution:
-    r"""Weights of the step that has the same positive cosine with each of `m` gradients, as long as they projected sum.
+    r"""Weights of the step at the same acute angle to all `m` gradients, as long as the sum of their projections on it.
 
     .. math::
         d = \Big(\sum_i \langle g_i, e \rangle\Big) e, \qquad e = \frac{x}{\|x\|}, \qquad x = U^+ \mathbf{1}
 
-    - :math:`U`: the gradients :math:`g_i` scaled to length one, `[m, n]`, and :math:`U^+` its pseudo-inverse. Only the
-      inner products `G`, `[m, m]`, are read: :math:`U^+ = U^\top C^+` with the cosines :math:`C = U U^\top`.
+    The rows of `U`, `[m, n]`, are the gradients :math:`g_i` scaled to length one. Only the inner products `G`, `[m,
+    m]`, are read: the pseudo-inverse is :math:`U^+ = U^\top C^+` with the cosines :math:`C = U U^\top`.
 
-    **Residual.** Of the normal equations that define :math:`y = C^+ \mathbf{1}`, the componentwise backward error:
+    **Residual.** The componentwise backward error of the normal equations for :math:`y = C^+ \mathbf{1}`, zero for a
+    step of zero:
 
     .. math::
         \max_i \frac{|(C (\mathbf{1} - C y))_i|}{(|C| (\mathbf{1} + |C| |y|))_i}
 
-    Of a step of zero it is zero.
-
     **Method.** The linear system :math:`C y = 1`, or an eigenvalue decomposition where rows depend on each other.
 
-    **Degenerate input.** Where gradients depend on each other, the pseudo-inverse gives the cosines that are equal in
-    the sense of least squares, and `d` can conflict. Where they are orthogonal to being equal, as between opposed
-    gradients, or where the projections cancel, `d` and all weights are zero. A zero row gets weight 0. Rows count as
-    dependent where a combination of them is shorter than about :math:`10^{-6} \sqrt m` times its coefficients.
+    **Degenerate input.** Where gradients depend on each other, the cosines are equal in the sense of least squares, and
+    `d` can conflict. Where not even that is possible, as between opposed gradients, or where the projections cancel,
+    `d` and all weights are zero. A zero row has weight 0. Rows count as dependent where a combination of them is
+    shorter than about :math:`10^{-6} \sqrt m` times its coefficients.
 
     Args:
-        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`; or many, `[..., m, m]`, each solved by itself.
-            It is not changed.
+        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`; or a stack of them, `[..., m, m]`, each solved by
+            itself. It is not changed.
 
     Returns:
-        The weights, `[m]` or `[..., m]`, and their residual, the largest of many, at most `1e-8`.
+        The weights, `[m]` or `[..., m]`, and the largest residual, at most `1e-8`.
 
     Raises:
         MTLWeightError: If a Gramian is not square, finite, symmetric and positive semidefinite.
@@ -50,8 +49,6 @@ def conflict_free(gramian: Array) -> Solution:
         array([0.625, 2.5  ])
         >>> weights @ J
         array([1.25, 1.25])
-        >>> residual < 1e-8
-        True
 
     References:
         - Q. Liu, M. Chu and N. Thuerey, "ConFIG: towards conflict-free training of physics informed neural networks",
