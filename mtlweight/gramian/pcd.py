@@ -132,7 +132,7 @@ def _prioritised(gramian: Array, usual: Array, main: int, progress: float) -> tu
         inner = C[np.ix_(others, others)]
         if progress == 0.0 or not cancelling(inner).any():
             size = np.array([lengths[main] + progress * lengths[others].max()])
-            multipliers, residuals = complementary(inner, wanted[None], size, rows.pivot)
+            multipliers, residuals = complementary(inner, wanted[None], size)
             y[others], residual = multipliers[0], promised("PCD", float(residuals[0]), len(norms))
     square = y @ C @ y
     if square <= (NONE * y.sum()) ** 2:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from mtlweight._errors import MTLWeightError
 from mtlweight.solvers._cancelling import cancelling
 from mtlweight.solvers._nonnegative import complementary
-from mtlweight.solvers._rows import EPS, INDEPENDENT, Array, Solution, promised, rows_of
+from mtlweight.solvers._rows import EPS, Array, Solution, promised, rows_of
 
 _CANCELLED = 1e-15  # the squared relative length of an average that is nothing but rounding
 
@@ -75,7 +75,7 @@ def conflict_averse(gramian: Array, radius: float) -> Solution:
     alive, v = ~rows.zero, np.zeros(m)
     if alive.any():
         norms = rows.norms[alive] / rows.norms.max()
-        problem = _Problem(rows.cosines[np.ix_(alive, alive)], norms, norms / m, radius, rows.pivot)
+        problem = _Problem(rows.cosines[np.ix_(alive, alive)], norms, norms / m, radius)
         y, residual = problem.solve()
         v[alive] = y / norms
     else:
@@ -86,8 +86,8 @@ def conflict_averse(gramian: Array, radius: float) -> Solution:
 class _Problem:
     """In lengths: the greatest t with Cy + b >= tδ, y >= 0, one of each pair zero, and yᵀCy = s², where b = Cx."""
 
-    def __init__(self, C: Array, norms: Array, x: Array, radius: float, pivot: float) -> None:
-        self.C, self.pivot = C, pivot
+    def __init__(self, C: Array, norms: Array, x: Array, radius: float) -> None:
+        self.C = C
         self.b = C @ x
         self.delta = norms.min() / norms
         self.total = float(x.sum())
@@ -136,17 +136,14 @@ class _Problem:
     def _nearest(self, t: float) -> Array:
         """The multipliers of the point of P_t nearest to the average."""
         Q = t * self.delta - self.b
-        y: Array = complementary(self.C, Q[None], np.array([self.total]), self.pivot)[0][0]
+        y: Array = complementary(self.C, Q[None], np.array([self.total]))[0][0]
         return y
 
     def _piece(self, free: npt.NDArray[np.bool_]) -> tuple[Array, float]:
         """The solution if these rows, and no others, have multipliers: y is linear in t, and the sphere gives t."""
         delta, b, block = self.delta[free], self.b[free], self.C[np.ix_(free, free)]
         sides = np.stack([delta, b], axis=1)
-        if self.pivot > INDEPENDENT:
-            rising, falling = np.linalg.solve(block, sides).T
-        else:
-            rising, falling = np.linalg.lstsq(block, sides, rcond=1e-13)[0].T
+        rising, falling = np.linalg.lstsq(block, sides, rcond=1e-13)[0].T
         y, curvature, middle = np.zeros(len(free)), delta @ rising, b @ rising
         if curvature < 1e-12 * delta @ delta:  # these rows cancel, and have no t in common but 0
             return y, 0.0

@@ -70,6 +70,6 @@ def dual_cone(gramian: Array, preferences: Array) -> Solution:
     C = rows.cosines
     X = np.atleast_2d(U) * rows.norms
     Q = -(X @ C)
-    Y, residuals = complementary(C, Q, np.abs(X).sum(axis=1), rows.pivot)
+    Y, residuals = complementary(C, Q, np.abs(X).sum(axis=1))
     V = U + (Y * rows.inverse).reshape(U.shape)
     return Solution(V, promised("dual_cone", float(residuals.max()), m))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from mtlweight.solvers._rows import EPS, INDEPENDENT, RIDGE, Array, ridged
+from mtlweight.solvers._rows import EPS, RIDGE, Array, ridged
 
 _ROUNDS = 12  # of exchanges; a row that takes longer probably cycles
 
@@ -66,7 +66,7 @@ def nonnegative_quadratics(H: Array, Q: Array, free: npt.NDArray[np.bool_] | Non
     return Z
 
 
-def complementary(C: Array, Q: Array, lengths: Array, pivot: float) -> tuple[Array, Array]:
+def complementary(C: Array, Q: Array, lengths: Array) -> tuple[Array, Array]:
     """The same for cosines `C`, which may be singular, with the residual of each row.
 
     The residual is the largest `|min(z, Cz - q)|`, divided by the sum of z and of the lengths that z is added to.
@@ -75,7 +75,6 @@ def complementary(C: Array, Q: Array, lengths: Array, pivot: float) -> tuple[Arr
         C: Cosines, `[m, m]`.
         Q: `[r, m]`, in the range of `C` or such that the minimum exists.
         lengths: `[r]`.
-        pivot: The least squared pivot of `C`.
     """
 
     def residuals(Z: Array) -> Array:
@@ -84,18 +83,25 @@ def complementary(C: Array, Q: Array, lengths: Array, pivot: float) -> tuple[Arr
         found: Array = np.divide(worst, unit, out=np.zeros_like(unit), where=unit > 0.0)
         return found
 
-    Z = nonnegative_quadratics(C, Q) if pivot > INDEPENDENT else proximal(C, Q, residuals)
-    return Z, residuals(Z)
+    return _proximal(C, Q, residuals)
 
 
-def proximal(C: Array, Q: Array, residuals: Callable[[Array], Array]) -> Array:
-    """The same for cosines `C`, which may be singular, by a proximal point iteration, as long as it halves a residual.
+def shortest(C: Array, d: Array) -> Array:
+    """Minimise ½zᵀCz - dᵀz over z >= 0, up to the length of z, which is infinite where the rows cancel."""
+    Z, _ = _proximal(C, d[None], lambda Z: np.array([kkt(C, d, Z[0])]))
+    z: Array = Z[0]
+    return z
 
-    Args:
-        C: Cosines, `[m, m]`.
-        Q: `[r, m]`.
-        residuals: Those of `Z`, `[r]`.
-    """
+
+def kkt(C: Array, d: Array, z: Array) -> float:
+    """The residual of z, whatever its length."""
+    v = z / (z @ d)
+    x = C @ v
+    return float(np.maximum((v @ x) * d - x, 0.0).max() / v.sum())
+
+
+def _proximal(C: Array, Q: Array, residuals: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """A proximal point iteration, as long as it halves one of the residuals."""
     H = ridged(C)
     Z = nonnegative_quadratics(H, Q)
     found = residuals(Z)
@@ -109,20 +115,7 @@ def proximal(C: Array, Q: Array, residuals: Callable[[Array], Array]) -> Array:
         found = np.where(better, found, last)
         if (found > last / 2).all():
             break
-    return Z
-
-
-def shortest(C: Array, d: Array) -> Array:
-    """Minimise ½zᵀCz - dᵀz over z >= 0, up to the length of z, which is infinite where the rows cancel."""
-    z: Array = proximal(C, d[None], lambda Z: np.array([kkt(C, d, Z[0])]))[0]
-    return z
-
-
-def kkt(C: Array, d: Array, z: Array) -> float:
-    """The residual of z, whatever its length."""
-    v = z / (z @ d)
-    x = C @ v
-    return float(np.maximum((v @ x) * d - x, 0.0).max() / v.sum())
+    return Z, found
 
 
 def _restricted(H: Array, Q: Array, free: npt.NDArray[np.bool_]) -> Array:
