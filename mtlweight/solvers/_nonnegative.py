@@ -34,21 +34,14 @@ def nonnegative_quadratic(H: Array, q: Array, z: Array) -> Array:
 
 
 def nonnegative_quadratics(H: Array, Q: Array, free: npt.NDArray[np.bool_] | None = None) -> Array:
-    """The same for each row of `Q`, `[r, m]`, at once: block principal pivoting.
+    """The same for each row of `Q`, `[r, m]`, at once: block principal pivoting from a guess of the free entries.
 
     Each round solves all rows on the entries that are thought to be free, and exchanges all entries of the wrong sign.
-    A few steps of projected gradient descent guess so well that one to three rounds are enough. A row that takes many
-    is left to the active set.
-
-    Args:
-        H: Positive definite, `[m, m]`.
-        Q: `[r, m]`.
-        free: Guess of the free entries, `[r, m]`.
+    Most end in a few rounds. A row that takes many is left to the active set.
     """
     m = Q.shape[1]
     Z = np.zeros_like(Q)
-    guess = free
-    free = Q > 0.0 if guess is None else guess.copy()
+    free = Q > 0.0 if free is None else free.copy()
     rows = np.arange(len(Q))
     for _ in range(_ROUNDS):
         q, inside = Q[rows], free[rows]
@@ -69,12 +62,8 @@ def nonnegative_quadratics(H: Array, Q: Array, free: npt.NDArray[np.bool_] | Non
 def complementary(C: Array, Q: Array, lengths: Array) -> tuple[Array, Array]:
     """The same for cosines `C`, which may be singular, with the residual of each row.
 
-    The residual is the largest `|min(z, Cz - q)|`, divided by the sum of z and of the lengths that z is added to.
-
-    Args:
-        C: Cosines, `[m, m]`.
-        Q: `[r, m]`, in the range of `C` or such that the minimum exists.
-        lengths: `[r]`.
+    The residual is the largest `|min(z, Cz - q)|`, divided by the sum of z and of the `lengths`, `[r]`, that z is added
+    to. Each row of `Q`, `[r, m]`, is in the range of `C` or such that the minimum exists.
     """
 
     def residuals(Z: Array) -> Array:

@@ -58,14 +58,10 @@ class Rows(NamedTuple):
 
 
 def rows_of(gramian: Array, solver: str) -> Rows:
-    """Checks a Gramian and takes it apart.
+    """Checks a Gramian, `[m, m]`, and takes it apart.
 
     Where rows depend on each other, or rounding has left the Gramian slightly indefinite, it is replaced by the nearest
     one without what counts as rounding (`DEPENDENT`), scaled to cosines again.
-
-    Args:
-        gramian: `[m, m]`. It is not changed.
-        solver: The name of the caller, for messages.
 
     Raises:
         MTLWeightError: If the Gramian is not square, finite, symmetric and positive semidefinite.
@@ -126,11 +122,7 @@ def _mended(C: Array) -> tuple[Array, float, bool]:
 
 
 def solve_each(gramian: Array, solver: str, solve: Callable[[Rows], Solution]) -> Solution:
-    """The solution for one Gramian, `[m, m]`, or for each of a stack of them, `[..., m, m]`.
-
-    Raises:
-        MTLWeightError: If one is not square, finite, symmetric and positive semidefinite.
-    """
+    """The solution for one Gramian, `[m, m]`, or for each of a stack of them, `[..., m, m]`."""
     G = np.asarray(gramian, dtype=np.float64)
     if G.ndim <= 2:
         return solve(rows_of(G, solver))
@@ -150,12 +142,10 @@ def ridged(C: Array) -> Array:
 
 
 def solved(rows: Rows, ones: Array, dependent: Callable[[Array, Array], Array]) -> Array:
-    """`y` with `C y = ones`; by `dependent` where rows depend on each other, so that there may be none or many.
+    """`y` with `C y = ones`, where `ones` are 0 for zero rows.
 
-    Args:
-        rows: What is solved for.
-        ones: The right side, 0 for zero rows.
-        dependent: Answers cosines, `[m, m]`, and right sides, `[m]`.
+    Where rows depend on each other there may be no solution, or many: `dependent` takes cosines and right side, and
+    decides.
     """
     if rows.pivot < INDEPENDENT:
         return dependent(rows.cosines, ones)
@@ -169,11 +159,7 @@ def eigen(C: Array) -> tuple[Array, Array]:
 
 
 def promised(solver: str, residual: float, m: int) -> float:
-    """The residual, if it keeps the promise.
-
-    Raises:
-        SolverError: If it does not.
-    """
+    """The residual, if it keeps the promise. Raises `SolverError` if not."""
     if not residual <= TOLERANCE:
         raise SolverError(
             f"{solver} expected to reach a residual of {TOLERANCE:g}, but stopped at {residual:.3g} (m={m}). Check "

@@ -9,9 +9,6 @@ from torch import Tensor
 def project_simplex(point: Tensor) -> Tensor:
     """The nearest point of ``{w >= 0, Σ w = 1}`` to ``point``, ``[m]``: ``w = max(point - τ, 0)`` for the right ``τ``.
 
-    Args:
-        point: ``[m]``, any finite numbers.
-
     >>> from mtlweight.solvers._simplex import project_simplex
     >>> project_simplex(torch.tensor([0.9, 0.5, -1.0]))
     tensor([0.7000, 0.3000, 0.0000])
