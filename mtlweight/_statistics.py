@@ -1,7 +1,5 @@
 """The numbers that weightings read: their dtype, and how they are given by hand."""
 
-from __future__ import annotations
-
 import cmath
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence

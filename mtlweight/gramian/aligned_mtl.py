@@ -1,7 +1,5 @@
 """Independent component alignment."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

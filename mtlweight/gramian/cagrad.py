@@ -1,7 +1,5 @@
 """Conflict-averse gradient descent."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

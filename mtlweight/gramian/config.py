@@ -1,7 +1,5 @@
 """Conflict-free inverse gradients."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Correlation-reduced stochastic multi-objective gradient manipulation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fair resource allocation."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Gradient normalisation."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Gradient vaccine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Impartial multi-task learning, its gradient part."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

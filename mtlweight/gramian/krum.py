@@ -1,7 +1,5 @@
 """Krum."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Multi-task learning as a bargaining game."""
 
-from __future__ import annotations
-
 import math
 import sys
 from dataclasses import dataclass

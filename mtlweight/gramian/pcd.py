@@ -1,7 +1,5 @@
 """Priority-constrained descent."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Projecting conflicting gradients."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

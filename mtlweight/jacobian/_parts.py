@@ -1,7 +1,5 @@
 """One batch as several independent ones."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

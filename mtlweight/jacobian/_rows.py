@@ -1,7 +1,5 @@
 """Tables of gradients: one row of ``n`` numbers per task."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Dual balancing."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Robust multi-task learning with excess risks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Multi-objective gradient correction."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

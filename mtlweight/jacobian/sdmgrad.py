@@ -1,7 +1,5 @@
 """Stochastic direction-oriented multi-objective gradient descent."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

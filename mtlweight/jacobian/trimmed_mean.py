@@ -1,7 +1,5 @@
 """Coordinate-wise trimmed mean."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
