@@ -116,7 +116,7 @@ def tensors_of(state: Any) -> Iterator[Tensor]:
             yield value
 
 
-SHAPES = {
+_SHAPES = {
     "losses": ((1, 2), "[m] or [m, b]"),
     "gramian": ((2,), "[m, m]"),
     "jacobian": ((2, 3), "[m, n] or [m, b, n]"),
@@ -154,26 +154,26 @@ class Given:
         shares: Tensor | None = None,
     ) -> None:
         self._shares = shares
-        given = (("losses", losses), ("gramian", gramian), ("jacobian", jacobian), ("alignment", alignment))
-        for name, value in given:
-            if not isinstance(value, (Tensor, type(None))):
+        self._given: dict[str, Tensor] = {}
+        counts = {} if tasks is None else {"tasks": len(tasks)}
+        given = {"losses": losses, "gramian": gramian, "jacobian": jacobian, "alignment": alignment}
+        for name, value in given.items():
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
                 raise MTLWeightError(
                     f"Expected {name} as a tensor, found {type(value).__name__}. Convert it with torch.as_tensor(...)."
                 )
-        self._given = {name: v.detach() if v.requires_grad else v for name, v in given if v is not None}
-        if not self._given:
-            raise MTLWeightError("Expected at least one of losses, gramian, jacobian, alignment; found none. Pass one.")
-        counts = {}
-        for name, value in self._given.items():
-            ranks, words = SHAPES[name]
+            ranks, words = _SHAPES[name]
             shape = value.shape
             if len(shape) not in ranks or shape[0] == 0 or (name == "gramian" and shape[0] != shape[1]):
                 raise MTLWeightError(
                     f"Expected {name} of shape {words} with m >= 1, found {list(shape)}. Pass one row a task."
                 )
+            self._given[name] = value.detach()
             counts[name] = shape[0]
-        if tasks is not None:
-            counts["tasks"] = len(tasks)
+        if not self._given:
+            raise MTLWeightError("Expected at least one of losses, gramian, jacobian, alignment; found none. Pass one.")
         if len({*counts.values()}) > 1:
             raise MTLWeightError(
                 f"Expected the same number of tasks in each argument, found {counts}. Make them agree."
