@@ -26,6 +26,10 @@ def widest(tensors: Iterable[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
 
 
+HELD = 1 << 18
+"""Of a Jacobian, so many numbers are held in float64 at a time: they fit into a CPU's cache."""
+
+
 def gramian_of(*blocks: Tensor | Sequence[Tensor]) -> Tensor:
     """``J Jᵀ`` in float64, whatever the dtype and the scale of ``J``: its products are exact, and summed in float64.
 
@@ -37,8 +41,7 @@ def gramian_of(*blocks: Tensor | Sequence[Tensor]) -> Tensor:
     m, device = len(blocks[0]), blocks[0][0].device
     dtype = statistics_dtype(device)
     total = torch.zeros(m, m, dtype=dtype, device=device)
-    # So many numbers are held in float64 at a time: on the CPU they fit into its cache.
-    columns = max(1, (1 << 18 if device.type == "cpu" else 1 << 22) // m)
+    columns = max(1, (HELD if device.type == "cpu" else 16 * HELD) // m)
     for block in blocks:
         parts: Iterable[Tensor]
         if isinstance(block, Tensor):
