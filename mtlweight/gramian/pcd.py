@@ -108,7 +108,8 @@ class PCD(Weighting):
                 )
             return torch.zeros_like(squares), updated
         usual = (average + self.epsilon).sqrt()
-        weights, residual = _prioritised(gramian.cpu().numpy(), usual.cpu().numpy(), main[0], self.progress)
+        both = torch.cat([gramian, usual[None]]).cpu().numpy()  # at once: each transfer waits for the device
+        weights, residual = _prioritised(both[:-1], both[-1], main[0], self.progress)
         view.note("pcd_residual", residual)
         return torch.from_numpy(weights).to(view.device, view.dtype), updated
 
