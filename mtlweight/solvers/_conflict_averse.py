@@ -106,13 +106,13 @@ class _Problem:
         else:
             low, high = float((self.b / self.delta).min()), 0.0
         best = y, self._residual(y, 0.0)
+        gains = self.b / self.delta
         for _ in range(100):
-            if (y > 0.0).any():
-                z, t = self._piece(y > 0.0)
-                best = min(best, (z, self._residual(z, t)), key=lambda found: found[1])
+            z, t = self._piece(y > 0.0 if y.any() else gains == gains.min())
+            best = min(best, (z, self._residual(z, t)), key=lambda found: found[1])
             if best[1] <= 4 * EPS:
                 break
-            if not (y.any() and low < t < high):
+            if not low < t < high:
                 t = (low + high) / 2
                 if not low < t < high:
                     break
