@@ -57,13 +57,13 @@ def gramian_of(*blocks: Tensor | Sequence[Tensor]) -> Tensor:
 def settled(gramian: Tensor, of_rows: float = 0.0) -> Tensor:
     """A Gramian in float64, without what rounding leaves where rows depend on each other: its own, or that of the rows.
 
-    Nobody can tell that from an independent part of a row, in units of which weights would be large and of any sign.
+    It looks like an independent part of a row, and weights that depend on it would be large and of any sign.
 
     Args:
         gramian: ``[m, m]``; one in less than float64 is known to its rounding.
         of_rows: the rounding of what the rows' gradients passed through, if that was less than float32.
     """
-    G = cast(gramian, statistics_dtype(gramian.device))
+    G = gramian.to(statistics_dtype(gramian.device))
     own = torch.finfo(gramian.dtype).eps if gramian.is_floating_point() and gramian.dtype != G.dtype else 0.0
     # Each layer of a network rounds once more, and inner products have squares of what is left.
     rounding = len(G) * max(own, (2 * of_rows) ** 2)
@@ -71,17 +71,18 @@ def settled(gramian: Tensor, of_rows: float = 0.0) -> Tensor:
     if not (rounding and G.isfinite().all() and norms.any()):
         return G
     unit = torch.where(norms > 0, norms, 1.0)
-    values, vectors = torch.linalg.eigh(G / unit / unit[:, None])
-    if not -rounding < values[0] < rounding:  # there is no such part; or it is no Gramian, as a solver will say
+    cosines = G / unit / unit[:, None]
+    values, vectors = torch.linalg.eigh(cosines)
+    if not -rounding < values[0] < rounding:  # nothing to take away; or no Gramian, which a solver will refuse
         return G
-    # Of the combinations that vanish, coefficients as small as the rounding are none: a row that only seems to take
-    # part in one would cancel with the others, or would have to be cancelled by weights without bound.
-    # Taken together they are no longer than `8 eps`; of many tasks, all coefficients are small.
+    # A coefficient as small as the rounding counts as none: a row that only seems to take part in a combination that
+    # vanishes would cancel with the others, or would have to be cancelled by weights without bound. The bound is on all
+    # coefficients of a combination together, since those of many tasks are all small.
     least = 8 * of_rows / len(G) ** 0.5
     vanishing = torch.where(vectors.abs() > least, vectors, 0.0)[:, values <= rounding]
     basis, _ = torch.linalg.qr(vanishing)
     kept = torch.eye(len(G), dtype=G.dtype, device=G.device) - basis @ basis.T
-    cosines = kept @ (G / unit / unit[:, None]) @ kept
+    cosines = kept @ cosines @ kept
     scale = norms / cosines.diagonal().clamp(min=torch.finfo(G.dtype).tiny).sqrt()
     mended: Tensor = scale * cosines * scale[:, None]
     return mended
@@ -188,7 +189,7 @@ class Given:
         self.dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
 
     def losses(self) -> Tensor:
-        return cast(self._take("losses"), statistics_dtype(self.device))
+        return self._take("losses").to(statistics_dtype(self.device))
 
     def shares(self) -> Tensor:
         values = next((v for k, v in self._given.items() if k in ("losses", "alignment") and v.ndim == 2), None)
@@ -217,7 +218,7 @@ class Given:
         return torch.einsum("tb,tbn->tn", coefficients.to(jacobian.dtype), jacobian)
 
     def alignment(self) -> Tensor:
-        return cast(self._take("alignment"), statistics_dtype(self.device))
+        return self._take("alignment").to(statistics_dtype(self.device))
 
     def reference_gradient(self) -> Tensor:
         return self._take("the reference's gradient")

@@ -75,7 +75,7 @@ class GradVac(Weighting):
         targets = rows.gather(1, places.expand(m, m))
 
         # Row i: the turned g_i in terms of the gradients scaled to length one, in units of |g_i|.
-        turned = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
+        turned = eye = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
         for others in random_orders(view).unbind(dim=1):  # one other task for each row at a time
             column = others[:, None]
             square = ((turned @ cosines) * turned).sum(dim=1)
@@ -89,7 +89,7 @@ class GradVac(Weighting):
             moved = torch.where(defined, torch.lerp(target, cosine, self.rate), target)
             targets = targets.scatter(1, column, moved.clamp(-_STEEPEST, _STEEPEST)[:, None])
 
-        weights = (norms @ (turned - torch.eye(m, dtype=gramian.dtype, device=gramian.device))) * inverse + 1
+        weights = (norms @ (turned - eye)) * inverse + 1
         return weights, {
             "place": view.scatter(state["place"], places.to(view.dtype)),
             "target": view.scatter(state["target"], rows.scatter(1, places.expand(m, m), targets)),

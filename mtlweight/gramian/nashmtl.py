@@ -1,10 +1,8 @@
 """Multi-task learning as a bargaining game."""
 
 import math
-import sys
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +10,6 @@ from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.solvers import alpha_fair
-
-_TINY = sys.float_info.min
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class NashMTL(Weighting):
         view.note("nashmtl_residual", solution.residual)
         weights = solution.weights
         if self.max_norm is not None:
-            size = max(float(np.abs(gramian).max()), _TINY)
-            norm = math.sqrt(size) * math.sqrt(max(float(weights @ (gramian / size) @ weights), 0.0))
-            weights = weights * min(1.0, self.max_norm / max(norm, _TINY))
+            norm = math.sqrt(max(float(weights @ gramian @ weights), 0.0))
+            if norm > self.max_norm:
+                weights = weights * (self.max_norm / norm)
         return torch.from_numpy(weights).to(view.device, view.dtype), state
