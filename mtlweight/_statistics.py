@@ -1,7 +1,5 @@
 """The numbers that weightings read: their dtype, and how they are given by hand."""
 
-from __future__ import annotations
-
 import cmath
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,9 +17,8 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-    """The tensor in this dtype, on this device. Torch takes longer than this to see that there is nothing to do."""
-    there = device is None or tensor.device == device
-    return tensor if there and tensor.dtype == dtype else tensor.to(device, dtype)
+    """The tensor in this dtype, on this device."""
+    return tensor.to(device, dtype)
 
 
 def widest(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -29,49 +26,44 @@ def widest(tensors: Iterable[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
 
 
-def gramian_of(*blocks: Tensor | Sequence[Tensor], copied: int | None = None) -> Tensor:
+HELD = 1 << 18
+"""Of a Jacobian, so many numbers are held in float64 at a time: they fit into a CPU's cache."""
+
+
+def gramian_of(*blocks: Tensor | Sequence[Tensor]) -> Tensor:
     """``J Jᵀ`` in float64, whatever the dtype and the scale of ``J``: its products are exact, and summed in float64.
 
-    Solvers need that: what is left where rows cancel is their rounding, and must not be that of the products as well.
+    Solvers need that: what is left where rows cancel must be their own rounding, and not that of the products.
 
     Args:
         blocks: ``J``, or its blocks of columns, each ``[m, *]`` or its ``m`` rows.
-        copied: so many numbers are held in float64 at a time.
     """
     m, device = len(blocks[0]), blocks[0][0].device
-    # On the CPU they stay in the cache; elsewhere an operation takes as long for fewer.
-    columns = max(1, (copied or (1 << 18 if device.type == "cpu" else 1 << 22)) // m)
-    buffer = torch.empty(m, 0, dtype=statistics_dtype(device), device=device)
-    total = buffer @ buffer.T
+    dtype = statistics_dtype(device)
+    total = torch.zeros(m, m, dtype=dtype, device=device)
+    columns = max(1, (HELD if device.type == "cpu" else 16 * HELD) // m)
     for block in blocks:
-        for part in _split(block, columns):
-            width = part[0].shape[0]
-            if buffer.shape[1] != width:
-                buffer = buffer.new_empty(m, width)
-            if isinstance(part, Tensor):
-                buffer.copy_(part)
-            else:
-                torch.stack(tuple(part), out=buffer)
-            total.addmm_(buffer, buffer.T)
+        parts: Iterable[Tensor]
+        if isinstance(block, Tensor):
+            parts = block.split(columns, dim=1)
+        else:
+            parts = map(torch.stack, zip(*(row.split(columns) for row in block), strict=True))
+        for part in parts:
+            exact = part.to(dtype)
+            total.addmm_(exact, exact.T)
     return (total + total.T) / 2  # symmetric to the last bit, as the sum alone need not be
-
-
-def _split(block: Tensor | Sequence[Tensor], columns: int) -> Iterable[Tensor | Sequence[Tensor]]:
-    if isinstance(block, Tensor):
-        return torch.split(block, columns, dim=1)
-    return zip(*(row.split(columns) for row in block), strict=True)
 
 
 def settled(gramian: Tensor, of_rows: float = 0.0) -> Tensor:
     """A Gramian in float64, without what rounding leaves where rows depend on each other: its own, or that of the rows.
 
-    Nobody can tell that from an independent part of a row, in units of which weights would be large and of any sign.
+    It looks like an independent part of a row, and weights that depend on it would be large and of any sign.
 
     Args:
         gramian: ``[m, m]``; one in less than float64 is known to its rounding.
         of_rows: the rounding of what the rows' gradients passed through, if that was less than float32.
     """
-    G = cast(gramian, statistics_dtype(gramian.device))
+    G = gramian.to(statistics_dtype(gramian.device))
     own = torch.finfo(gramian.dtype).eps if gramian.is_floating_point() and gramian.dtype != G.dtype else 0.0
     # Each layer of a network rounds once more, and inner products have squares of what is left.
     rounding = len(G) * max(own, (2 * of_rows) ** 2)
@@ -79,43 +71,36 @@ def settled(gramian: Tensor, of_rows: float = 0.0) -> Tensor:
     if not (rounding and G.isfinite().all() and norms.any()):
         return G
     unit = torch.where(norms > 0, norms, 1.0)
-    values, vectors = torch.linalg.eigh(G / unit / unit[:, None])
-    if not -rounding < values[0] < rounding:  # there is no such part; or it is no Gramian, as a solver will say
+    cosines = G / unit / unit[:, None]
+    values, vectors = torch.linalg.eigh(cosines)
+    if not -rounding < values[0] < rounding:  # nothing to take away; or no Gramian, which a solver will refuse
         return G
-    # Of the combinations that vanish, coefficients as small as the rounding are none: a row that only seems to take
-    # part in one would cancel with the others, or would have to be cancelled by weights without bound.
-    # Taken together they are no longer than `8 eps`; of many tasks, all coefficients are small.
+    # A coefficient as small as the rounding counts as none: a row that only seems to take part in a combination that
+    # vanishes would cancel with the others, or would have to be cancelled by weights without bound. The bound is on all
+    # coefficients of a combination together, since those of many tasks are all small.
     least = 8 * of_rows / len(G) ** 0.5
     vanishing = torch.where(vectors.abs() > least, vectors, 0.0)[:, values <= rounding]
     basis, _ = torch.linalg.qr(vanishing)
     kept = torch.eye(len(G), dtype=G.dtype, device=G.device) - basis @ basis.T
-    cosines = kept @ (G / unit / unit[:, None]) @ kept
+    cosines = kept @ cosines @ kept
     scale = norms / cosines.diagonal().clamp(min=torch.finfo(G.dtype).tiny).sqrt()
     mended: Tensor = scale * cosines * scale[:, None]
     return mended
 
 
 def row_sizes(matrix: Tensor) -> Tensor:
-    """The largest absolute value of each row; NaN where a row has one.
-
-    It is ``vector_norm(matrix, inf, dim=1)``, fifteen times faster on the CPU.
-    """
+    """The largest absolute value of each row; NaN where a row has one."""
+    # On the CPU a vector_norm takes seven times as long, and abs().amax() holds the matrix twice.
     if matrix.shape[1] == 0:
         return matrix.new_zeros(len(matrix))
     return torch.maximum(matrix.amax(dim=1), -matrix.amin(dim=1))
 
 
-FEW = 64
-"""So many numbers are looked at one by one sooner than by operations on their tensor."""
-
-
 def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity."""
-    if len(tensors) == 1 and tensors[0].ndim < 2 and tensors[0].numel() <= FEW and not tensors[0].is_sparse:
-        return all(map(cmath.isfinite, tensors[0].reshape(-1).tolist()))
-    # Sums are cheapest on the CPU; a norm of all takes one transfer from elsewhere. Either may overflow though all
-    # values are finite, and then the largest value decides.
-    if all(tensor.is_cpu for tensor in tensors) and all(map(cmath.isfinite, [t.sum().item() for t in tensors])):
+    # Sums are cheapest on the CPU; elsewhere a norm of all takes one transfer. Either may overflow though all values
+    # are finite, and then the largest value decides.
+    if all(tensor.is_cpu for tensor in tensors) and all(cmath.isfinite(tensor.sum().item()) for tensor in tensors):
         return True
     some = [tensor for tensor in tensors if tensor.numel()]  # torch takes no largest value of none
     return any(bool(nn.utils.get_total_norm(some, p).isfinite()) for p in (2.0, torch.inf))
@@ -135,7 +120,7 @@ def tensors_of(state: Any) -> Iterator[Tensor]:
             yield value
 
 
-SHAPES = {
+_SHAPES = {
     "losses": ((1, 2), "[m] or [m, b]"),
     "gramian": ((2,), "[m, m]"),
     "jacobian": ((2, 3), "[m, n] or [m, b, n]"),
@@ -173,26 +158,26 @@ class Given:
         shares: Tensor | None = None,
     ) -> None:
         self._shares = shares
-        given = (("losses", losses), ("gramian", gramian), ("jacobian", jacobian), ("alignment", alignment))
-        for name, value in given:
-            if not isinstance(value, (Tensor, type(None))):
+        self._given: dict[str, Tensor] = {}
+        counts = {} if tasks is None else {"tasks": len(tasks)}
+        given = {"losses": losses, "gramian": gramian, "jacobian": jacobian, "alignment": alignment}
+        for name, value in given.items():
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
                 raise MTLWeightError(
                     f"Expected {name} as a tensor, found {type(value).__name__}. Convert it with torch.as_tensor(...)."
                 )
-        self._given = {name: v.detach() if v.requires_grad else v for name, v in given if v is not None}
-        if not self._given:
-            raise MTLWeightError("Expected at least one of losses, gramian, jacobian, alignment; found none. Pass one.")
-        counts = {}
-        for name, value in self._given.items():
-            ranks, words = SHAPES[name]
+            ranks, words = _SHAPES[name]
             shape = value.shape
             if len(shape) not in ranks or shape[0] == 0 or (name == "gramian" and shape[0] != shape[1]):
                 raise MTLWeightError(
                     f"Expected {name} of shape {words} with m >= 1, found {list(shape)}. Pass one row a task."
                 )
+            self._given[name] = value.detach()
             counts[name] = shape[0]
-        if tasks is not None:
-            counts["tasks"] = len(tasks)
+        if not self._given:
+            raise MTLWeightError("Expected at least one of losses, gramian, jacobian, alignment; found none. Pass one.")
         if len({*counts.values()}) > 1:
             raise MTLWeightError(
                 f"Expected the same number of tasks in each argument, found {counts}. Make them agree."
@@ -204,7 +189,7 @@ class Given:
         self.dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
 
     def losses(self) -> Tensor:
-        return cast(self._take("losses"), statistics_dtype(self.device))
+        return self._take("losses").to(statistics_dtype(self.device))
 
     def shares(self) -> Tensor:
         values = next((v for k, v in self._given.items() if k in ("losses", "alignment") and v.ndim == 2), None)
@@ -233,7 +218,7 @@ class Given:
         return torch.einsum("tb,tbn->tn", coefficients.to(jacobian.dtype), jacobian)
 
     def alignment(self) -> Tensor:
-        return cast(self._take("alignment"), statistics_dtype(self.device))
+        return self._take("alignment").to(statistics_dtype(self.device))
 
     def reference_gradient(self) -> Tensor:
         return self._take("the reference's gradient")

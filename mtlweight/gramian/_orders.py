@@ -1,7 +1,5 @@
 """In which order each task meets the others."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Independent component alignment."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +17,9 @@ _ROUNDING = 1e-13  # of a sum of the entries of a unit vector
 class AlignedMTL(Weighting):
     """Turns and stretches the gradients as little as makes them orthogonal and equally long, then takes their mean.
 
-    With the eigenvalues ``λ_1 >= ... >= λ_R > 0`` of ``G = J Jᵀ``, of rank ``R``, and its eigenvectors ``v_k``, the
-    gradients' matrix gets the singular values ``σ`` all alike, with ``σ = √λ_R``, so that its condition number is 1:
-    ``w = σ Σ_k v_k v_kᵀ u / √λ_k`` with ``u = (1/m, ..., 1/m)``. The step can be no longer than ``σ / √m``.
+    With the eigenvalues ``λ_1 >= ... >= λ_R > 0`` and eigenvectors ``v_k`` of ``G = J Jᵀ``, of rank ``R``, all singular
+    values of the gradients' matrix become ``σ = √λ_R``, so that its condition number is 1: ``w = σ Σ_k v_k v_kᵀ u /
+    √λ_k`` with ``u = (1/m, ..., 1/m)``. The step is no longer than ``σ / √m``.
 
     *Reads* the Gramian. *Writes* ``[m]``, of any sign. *State* none. *Cost* the gradients of all tasks, and the
     eigenvectors of an ``m × m`` matrix.

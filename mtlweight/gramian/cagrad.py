@@ -1,7 +1,5 @@
 """Conflict-averse gradient descent."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -20,9 +18,9 @@ class CAGrad(Weighting):
     """Within a ball around the mean gradient, the step that is best for the task that it serves worst.
 
     ``d = argmax_d min_i <g_i, d>`` subject to ``|d - g_0| <= c |g_0|``, with ``g_0 = (1/m) Σ_i g_i`` and the radius
-    ``c``. As weights, ``w_i = 1/m + (c |g_0| / |g_p|) p_i``, with ``g_p = Jᵀ p`` and ``p`` the minimiser of
-    ``<g_p, g_0> + c |g_0| |g_p|`` over the simplex. ``c = 0`` is the mean; ``c < 1`` still finds its minima; the larger
-    ``c``, the more like :class:`MGDA`. Solved exactly.
+    ``c``. As weights, ``w_i = 1/m + (c |g_0| / |g_p|) p_i``, with ``g_p = Jᵀ p`` and ``p`` the minimiser of ``<g_p,
+    g_0> + c |g_0| |g_p|`` over the simplex. ``c = 0`` is the mean; ``c < 1`` still finds its minima; the larger ``c``,
+    the more like :class:`MGDA`. Solved exactly.
 
     *Reads* the Gramian. *Writes* ``[m]``, each at least ``1 / m`` before rescaling. *State* none. *Cost* the gradients
     of all tasks; the solver is negligible.
@@ -42,10 +40,10 @@ class CAGrad(Weighting):
     >>> CAGrad(radius=0.5)(gramian=torch.tensor([[1.0, -0.5], [-0.5, 0.5]]))
     tensor([0.5000, 0.7500])
 
-    *Differs from the paper* in nothing. Its official code rescales (see ``rescale``), multiplies the shared gradient by
-    ``m`` to compare with summed losses, adds absolute constants (1e-8, in reinforcement learning 1e-4) so that small
-    gradients are weighted otherwise than large ones, minimises by SLSQP or by 20 steps of gradient descent, and leaves
-    heads unweighted: pass ``heads="unweighted"`` for that.
+    *Differs from the paper* in nothing. Its official code rescales, multiplies the shared gradient by ``m`` to compare
+    with summed losses, adds absolute constants (1e-8, in reinforcement learning 1e-4) so that small gradients are
+    weighted otherwise than large ones, minimises by SLSQP or 20 steps of gradient descent, and leaves heads unweighted,
+    as ``heads="unweighted"`` does.
 
     References:
         Liu, Liu, Jin, Stone, Liu, "Conflict-Averse Gradient Descent for Multi-task Learning", NeurIPS 2021, arXiv

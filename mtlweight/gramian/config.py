@@ -1,7 +1,5 @@
 """Conflict-free inverse gradients."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +12,12 @@ from mtlweight.solvers import conflict_free
 
 @dataclass(frozen=True)
 class ConFIG(Weighting):
-    """The direction at the same acute angle to all gradients, as long as their projections on it together.
+    """The direction at the same acute angle to all gradients, as long as the sum of their projections on it.
 
     ``d = (Σ_i <g_i, e>) e`` with ``e = x / |x|``, ``x = U⁺ 1``, where the rows of ``U`` are the gradients scaled to
-    length one, ``U⁺`` is the pseudo-inverse and ``1`` the vector of ones. All from the cosines ``C = U Uᵀ``:
-    ``w_i ∝ (C⁺ 1)_i / |g_i|``. The step shrinks as gradients come to oppose each other. It was made for
-    physics-informed networks, whose losses share all parameters.
+    length one, ``U⁺`` is the pseudo-inverse and ``1`` the vector of ones. With the cosines ``C = U Uᵀ``, ``w_i ∝ (C⁺
+    1)_i / |g_i|``. The step shrinks as gradients come to oppose each other. It was made for physics-informed networks,
+    whose losses share all parameters.
 
     *Reads* the Gramian. *Writes* ``[m]``, of any sign. *State* none. *Cost* the gradients of all tasks; the solver is
     negligible.

@@ -1,7 +1,5 @@
 """Correlation-reduced stochastic multi-objective gradient manipulation."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,15 +16,15 @@ from mtlweight.gramian.mgda import MGDA
 class CRMOGM(Weighting):
     """Smooths the weights of another method over steps, so that they do not follow the noise of one batch.
 
-    ``λ_k = α λ_{k-1} + (1 - α) λ̂_k``, with ``λ̂_k`` the weights that ``inner`` finds at step ``k``, and ``λ_0 = λ̂_1``.
-    In one batch alone the weights and the gradients that they multiply are correlated, which biases the step and can
+    ``λ_k = α λ_{k-1} + (1 - α) λ̂_k``, with ``λ̂_k`` the weights that ``inner`` finds at step ``k``, and ``λ_0 =
+    λ̂_1``. Weights of one batch are correlated with the gradients that they multiply, which biases the step and can
     keep the method from converging; the average breaks that.
 
     *Reads* what ``inner`` reads. *Writes* ``[m]``, as ``inner`` does. *State* per task: ``λ``; and the state of
     ``inner``. *Cost* that of ``inner``.
 
     A task's average starts at its first weight, and rests while the task is absent. What holds for each step of
-    ``inner``, as that no task's loss rises, need not hold for the averages.
+    ``inner``, such as that no task's loss rises, need not hold for the averages.
 
     Args:
         inner: a weighting per task. Default ``MGDA()``, the first of the paper's; it smooths PCGrad and CAGrad too.

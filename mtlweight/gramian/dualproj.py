@@ -1,7 +1,5 @@
 """Projection of the mean gradient."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

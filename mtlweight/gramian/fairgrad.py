@@ -1,7 +1,5 @@
 """Fair resource allocation."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -18,17 +16,16 @@ from mtlweight.solvers import alpha_fair
 class FairGrad(Weighting):
     """Shares the decrease of the losses alpha-fairly among tasks, between the largest sum and the best worst case.
 
-    ``(G w)_i = w_i^(-1/α)`` for all ``i``, ``w > 0``, with ``G = J Jᵀ``: the direction ``d = Jᵀ w`` maximises
-    ``Σ_i <g_i, d>^(1-α) / (1-α)`` over a ball. ``α → 0`` is the sum of the losses, ``α = 1`` is :class:`NashMTL`
+    ``(G w)_i = w_i^(-1/α)`` for all ``i``, ``w > 0``, with ``G = J Jᵀ``: the direction ``d = Jᵀ w`` maximises ``Σ_i
+    <g_i, d>^(1-α) / (1-α)`` over a ball. ``α → 0`` is the sum of the losses, ``α = 1`` is :class:`NashMTL`
     (proportional fairness), ``α = 2`` minimises the potential delay, ``α → ∞`` serves the task that gains the least.
     Solved exactly, by Newton's method.
 
     *Reads* the Gramian. *Writes* ``[m]``, non-negative, with ``G w >= 0``. *State* none. *Cost* the gradients of all
     tasks; the solver is negligible.
 
-    Where a convex combination of gradients vanishes the equation has no solution, and the step is a limit, as for
-    :class:`NashMTL`: the tasks in such a combination keep their losses to first order, the others share the rest. A
-    zero gradient has nothing to gain: its weight is 0.
+    Where a convex combination of gradients vanishes, the step is a limit, as for :class:`NashMTL`: the tasks in it keep
+    their losses to first order, the others share the rest. A zero gradient has nothing to gain: its weight is 0.
 
     Args:
         alpha: ``α``. Default 2, as in the authors' scripts for all of their benchmarks; the default of their code is 1.
@@ -41,9 +38,8 @@ class FairGrad(Weighting):
 
     *Differs from the paper* in nothing: multiplying the losses by ``c`` multiplies the weights by ``c^(-2α / (1+α))``,
     so that for ``α > 1`` small losses make large steps; ``normalize(FairGrad())`` removes that. The official code
-    minimises the squared residual of the equation by a general solver from a start that depends on no scale, and
-    need not reach 0; it multiplies the shared gradient by ``m`` and leaves heads unweighted: pass
-    ``heads="unweighted"`` for that.
+    minimises the equation's squared residual by a general solver from a start without scale, and need not reach 0; it
+    multiplies the shared gradient by ``m`` and leaves heads unweighted, as ``heads="unweighted"`` does.
 
     References:
         Ban, Ji, "Fair Resource Allocation in Multi-Task Learning", ICML 2024, arXiv 2402.15638, eq. 4 and Algorithm 1.

@@ -1,7 +1,5 @@
 """Gradient normalisation."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -18,10 +16,9 @@ from mtlweight._weighting import Traits, Weighting
 class GradNorm(Weighting):
     """Weights that learn to bring all tasks' gradient norms, and so their training rates, to a common scale.
 
-    With ``n_t = w_t |g_t|``, the mean ``n̄``, and the relative inverse training rate
-    ``r_t = (ℓ_t / ℓ_t(0)) / mean_u(ℓ_u / ℓ_u(0))``, the weights take one step of size ``η`` down on ``Σ_t |n_t - n̄
-    r_t^α|`` (target held fixed), are cut at 0 and rescaled to sum to ``m``; a step that would cut all of them is not
-    taken.
+    With ``n_t = w_t |g_t|``, the mean ``n̄``, and the relative inverse training rate ``r_t = (ℓ_t / ℓ_t(0)) /
+    mean_u(ℓ_u / ℓ_u(0))``, the weights take one step of size ``η`` down on ``Σ_t |n_t - n̄ r_t^α|`` (target held
+    fixed), are cut at 0 and rescaled to sum to ``m``; a step that would cut all of them is not taken.
 
     *Reads* the losses and the Gramian's diagonal. *Writes* ``[m]``, non-negative, with sum ``m`` while all tasks are
     present. *State* per task: weight and first loss. *Cost* the gradients of all tasks.
@@ -39,8 +36,8 @@ class GradNorm(Weighting):
     tensor([1., 1.])
 
     *Differs from the paper*: the step is divided by the mean unweighted norm ``mean_t |g_t|``, so that the weights do
-    not depend on the losses' units; the paper's own way depends on them (its authors let Adam absorb it). Norms are
-    over all shared parameters; the paper takes the last shared layer: pass that layer as ``shared``.
+    not depend on the losses' units, as the paper's do (its authors let Adam absorb it). Norms are over all shared
+    parameters; the paper takes the last shared layer: pass that layer as ``shared``.
 
     References:
         Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm", ICML 2018, arXiv 1711.02257, eq. 1 and 2, Algorithm 1.

@@ -1,7 +1,5 @@
 """Gradient vaccine."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +23,7 @@ class GradVac(Weighting):
     For each task ``i``, ``g = g_i``; for all other tasks ``j`` in a random order, with the cosine ``φ`` of ``g`` and
     ``g_j`` and the target ``φ̂_ij``: if ``φ < φ̂_ij`` then ``g ← g + |g| (φ̂_ij √(1-φ²) - φ √(1-φ̂_ij²)) / (|g_j|
     √(1-φ̂_ij²)) g_j``, which makes the cosine ``φ̂_ij``; and ``φ̂_ij ← (1-β) φ̂_ij + β φ``. The step is the sum of all
-    ``g``. Targets start at 0, where it is :class:`PCGrad`; later gradients that merely agree less than usual are
+    ``g``. Targets start at 0, where it is :class:`PCGrad`; later, gradients that merely agree less than usual are
     turned too.
 
     *Reads* the Gramian and ``view.generator``. *Writes* ``[m]``, at least 1 each. *State* per task: its targets, one
@@ -44,7 +42,7 @@ class GradVac(Weighting):
     tensor([1.5000, 1.5000])
 
     *Differs from the paper* in that cosines are over all shared parameters together; its best results take one a layer.
-    Targets move whether or not the gradient was turned, as in its Algorithm 1; LibMTL moves them only if it was.
+    Targets move even if the gradient was not turned, as in its Algorithm 1; LibMTL moves them only if it was.
 
     References:
         Wang, Tsvetkov, Firat, Cao, "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively
@@ -77,7 +75,7 @@ class GradVac(Weighting):
         targets = rows.gather(1, places.expand(m, m))
 
         # Row i: the turned g_i in terms of the gradients scaled to length one, in units of |g_i|.
-        turned = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
+        turned = eye = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
         for others in random_orders(view).unbind(dim=1):  # one other task for each row at a time
             column = others[:, None]
             square = ((turned @ cosines) * turned).sum(dim=1)
@@ -91,7 +89,7 @@ class GradVac(Weighting):
             moved = torch.where(defined, torch.lerp(target, cosine, self.rate), target)
             targets = targets.scatter(1, column, moved.clamp(-_STEEPEST, _STEEPEST)[:, None])
 
-        weights = (norms @ (turned - torch.eye(m, dtype=gramian.dtype, device=gramian.device))) * inverse + 1
+        weights = (norms @ (turned - eye)) * inverse + 1
         return weights, {
             "place": view.scatter(state["place"], places.to(view.dtype)),
             "target": view.scatter(state["target"], rows.scatter(1, places.expand(m, m), targets)),

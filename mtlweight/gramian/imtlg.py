@@ -1,7 +1,5 @@
 """Impartial multi-task learning, its gradient part."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,8 +16,8 @@ from mtlweight.solvers import equal_projection
 class IMTLG(Weighting):
     """The combination of gradients that has the same projection on each of them, so that no task is favoured.
 
-    ``<d, g_i> / |g_i| = κ`` for all ``i`` with ``d = Jᵀ w`` and ``Σ w = 1``. In closed form ``w = v / Σ v`` with
-    ``G v = (|g_1|, ..., |g_m|)`` and ``G = J Jᵀ``.
+    ``<d, g_i> / |g_i| = κ`` for all ``i`` with ``d = Jᵀ w`` and ``Σ w = 1``. In closed form ``w = v / Σ v`` with ``G v
+    = (|g_1|, ..., |g_m|)`` and ``G = J Jᵀ``.
 
     *Reads* the Gramian. *Writes* ``[m]``, of any sign, with sum 1. *State* none. *Cost* the gradients of all tasks; the
     solver is negligible.
@@ -40,9 +38,8 @@ class IMTLG(Weighting):
     tensor([0.2000, 0.8000])
 
     *Differs from the paper* in nothing where gradients are independent; the paper leaves the other case open, and the
-    official equations divide by zero there. Known of the paper's own choice: with three or more tasks ``Σ v`` can be
-    negative, and the step then *raises all losses* (``κ < 0``), or it can be near 0, and the step is huge;
-    ``normalization="absolute"`` does neither.
+    official equations divide by zero there. With the paper's ``"sum"`` and three or more tasks ``Σ v`` can be negative,
+    and the step then *raises all losses* (``κ < 0``), or near 0, and the step is huge; ``"absolute"`` does neither.
 
     References:
         Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang, "Towards Impartial Multi-Task Learning", ICLR 2021, section 3.1.

@@ -1,7 +1,5 @@
 """Krum."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,8 +22,8 @@ class Krum(Weighting):
 
     *Reads* the Gramian. *Writes* ``[m]``, on the simplex. *State* none. *Cost* the gradients of all tasks.
 
-    Tasks with equal scores share what is left for them, so that no order of tasks matters: duplicates share, and if all
-    gradients are alike, or there are two, the weights are ``1 / m``.
+    Tasks with equal scores share what is left for them, so that the order of tasks does not matter: duplicates share,
+    and if all gradients are alike, or there are two, the weights are ``1 / m``.
 
     Args:
         faulty: ``f``. Default ``None``: as many as the paper's theory allows, the largest with ``2 f + 2 < m``, and 0

@@ -1,7 +1,5 @@
 """Multiple gradient descent algorithm."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Priority-constrained descent."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -22,10 +20,10 @@ class PCD(Weighting):
     """Follows the main task's gradient as closely as a little progress of every other task allows.
 
     ``d = argmin |d - h_1|²`` subject to ``<h_j, d> >= τ |h_j|²`` for all other tasks ``j``, then scaled to the length
-    of the main task's gradient ``g_1``. ``h_i = g_i / √v_i`` are the gradients relative to their own usual length:
-    ``v_i`` is the bias-corrected moving average of ``|g_i|²`` with decay ``β``. So ``τ`` is a share, the same in all
-    units, of the progress that a step along a task's own gradient would make. As weights, ``w_i ∝ μ_i / √v_i`` with
-    ``μ_1 = 1`` and the multipliers ``μ_j >= 0`` of the constraints. Solved exactly.
+    of the main task's gradient ``g_1``. ``h_i = g_i / √v_i`` are the gradients relative to their usual length: ``v_i``
+    is the bias-corrected moving average of ``|g_i|²`` with decay ``β``. So ``τ`` is a share, the same in all units, of
+    the progress that a step along a task's own gradient would make. As weights, ``w_i ∝ μ_i / √v_i`` with ``μ_1 = 1``
+    and the multipliers ``μ_j >= 0`` of the constraints. Solved exactly.
 
     *Reads* the Gramian. *Writes* ``[m]``, non-negative. *State* per task: ``v_i`` and the number of its steps; the name
     of the main task. *Cost* the gradients of all tasks; the solver is negligible.
@@ -39,8 +37,8 @@ class PCD(Weighting):
         main: the name of the main task. Default ``None``: the one with the first place.
         progress: ``τ`` in ``[0, 1]``. Default 0.02, the official code's.
         decay: ``β`` in ``[0, 1)``. Default 0.999, the official code's.
-        epsilon: added to ``v_i``. Default 0; the paper adds 1e-8, which makes gradients of about 1e-4 or less count
-            less than larger ones.
+        epsilon: added to ``v_i``. Default 0; the paper's 1e-8 makes gradients of about 1e-4 or less count less than
+            larger ones.
 
     Raises:
         MTLWeightError: if an argument is out of range, or no task by the name ``main`` was ever there.
@@ -48,8 +46,8 @@ class PCD(Weighting):
     >>> PCD()(gramian=torch.tensor([[4.0, -1.0], [-1.0, 1.0]]))
     tensor([1.1544, 1.2006])
 
-    *Differs from the paper* in ``epsilon``; with 1e-8 it is the paper's. The official code tries all sets of
-    constraints, which takes exponentially long.
+    *Differs from the paper* in ``epsilon`` alone. The official code tries all sets of constraints, which takes
+    exponentially long.
 
     References:
         "Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective
@@ -132,7 +130,7 @@ def _prioritised(gramian: Array, usual: Array, main: int, progress: float) -> tu
         inner = C[np.ix_(others, others)]
         if progress == 0.0 or not cancelling(inner).any():
             size = np.array([lengths[main] + progress * lengths[others].max()])
-            multipliers, residuals = complementary(inner, wanted[None], size, rows.pivot)
+            multipliers, residuals = complementary(inner, wanted[None], size)
             y[others], residual = multipliers[0], promised("PCD", float(residuals[0]), len(norms))
     square = y @ C @ y
     if square <= (NONE * y.sum()) ** 2:

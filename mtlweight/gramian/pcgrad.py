@@ -1,7 +1,5 @@
 """Projecting conflicting gradients."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +41,8 @@ class PCGrad(Weighting):
         gramian = view.gramian
         m = len(gramian)
         squares = gramian.diagonal()
-        coefficients = torch.eye(
-            m, dtype=gramian.dtype, device=gramian.device
-        )  # row i: the projected g_i in terms of J
+        # Row i: the projected g_i in terms of J.
+        coefficients = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
         for others in random_orders(view).unbind(dim=1):  # one other task for each row at a time
             conflict = (coefficients * gramian[others]).sum(dim=1).clamp(max=0)
             share = torch.where(squares[others] > 0, conflict / squares[others], 0.0)

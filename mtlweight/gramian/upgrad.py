@@ -1,7 +1,5 @@
 """Unconflicting projections of all gradients."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """One batch as several independent ones."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -11,12 +9,7 @@ from mtlweight._view import View
 
 
 def parts(name: str, view: View, count: int) -> Tensor:
-    """The batch in parts of equal size, drawn at random: the coefficients of their means, ``[count, b]``.
-
-    Args:
-        name: the weighting, for the message.
-        view: has losses per sample, and draws the parts.
-        count: number of parts; where it does not divide ``b``, the first ones have one sample more.
+    """The batch in random parts of equal size, up to one sample: the coefficients of their means, ``[count, b]``.
 
     Raises:
         MTLWeightError: for scalar losses, or fewer samples than parts.
@@ -35,12 +28,7 @@ def parts(name: str, view: View, count: int) -> Tensor:
 
 
 def gramian_of_parts(view: View, means: Tensor) -> Tensor:
-    """Inner products of all tasks' gradients on all parts, ``[p, p, m, m]``: ``J_a J_bᵀ`` at ``[a, b]``.
-
-    Args:
-        view: reads Jacobians.
-        means: the parts' coefficients, ``[p, b]``.
-    """
+    """Inner products of all tasks' gradients on all parts, ``[p, p, m, m]``: ``J_a J_bᵀ`` at ``[a, b]``."""
     m = len(view.tasks)
     rows = torch.cat([view.scaled(mean.expand(m, -1), "sample").jacobian for mean in means])
     p = len(means)

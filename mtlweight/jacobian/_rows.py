@@ -1,7 +1,5 @@
 """Tables of gradients: one row of ``n`` numbers per task."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -12,13 +10,7 @@ from mtlweight._view import View
 
 
 def gather_rows(name: str, view: View, table: Any, like: Tensor) -> Tensor:
-    """The present tasks' rows, in the dtype of ``like``; zeros for tasks that the table does not know.
-
-    Args:
-        name: the weighting, for the message.
-        view: names the tasks.
-        table: mapping from task name to ``[n]``.
-        like: the Jacobian, ``[m, n]``.
+    """The present tasks' rows of ``table``, ``[n]`` each, in the dtype of ``like``, ``[m, n]``; zeros for new tasks.
 
     Raises:
         MTLWeightError: if a row has another length.
@@ -51,12 +43,7 @@ def smallest_weights(direction: Tensor, jacobian: Tensor) -> Tensor:
 
 
 def combination(weights: Tensor, rows: Tensor) -> Tensor:
-    """``Σ_t w_t y_t``, ``[n]``, with exact zeros where the terms cancel: the rest of rounding has no direction.
-
-    Args:
-        weights: ``[m]``.
-        rows: ``[m, n]``.
-    """
+    """``Σ_t w_t y_t``, ``[n]``, with exact zeros where only rounding is left, which has no direction."""
     weights = weights.to(rows.dtype)
     total, size = weights @ rows, weights.abs() @ rows.abs()
     return torch.where(total.abs() > 8 * len(rows) * torch.finfo(rows.dtype).eps * size, total, 0.0)

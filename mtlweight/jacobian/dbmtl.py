@@ -1,7 +1,5 @@
 """Dual balancing."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -21,11 +19,11 @@ _TINY = torch.finfo(torch.float64).tiny
 class DBMTL(Weighting):
     """Balances losses by taking their logarithm, and gradients by making all as long as the longest one.
 
-    With the gradient ``h_t = ∇ log ℓ_t = g_t / ℓ_t``, tracked over the steps ``k`` of a task by ``y_t ← β_k y_t + (1 -
-    β_k) h_t``, ``β_k = β / k^σ``, from zero, the step is ``d = max_u |y_u| · Σ_t y_t / |y_t|``.
+    With the gradient ``h_t = ∇ log ℓ_t = g_t / ℓ_t``, tracked from zero over the steps ``k`` of a task by ``y_t ← β_k
+    y_t + (1 - β_k) h_t``, ``β_k = β / k^σ``, the step is ``d = max_u |y_u| · Σ_t y_t / |y_t|``.
 
-    A weight tensor multiplies this batch's gradients ``J``, and ``y_t`` is none of them: as for :class:`MoCo`, the
-    weights are the smallest whose step is ``d``, ``W_{t,j} = d_j J_{t,j} / Σ_u J_{u,j}²``.
+    Weights multiply this batch's gradients ``J``, not ``y_t``. As for :class:`MoCo`, they are the smallest whose step
+    is ``d``, ``W_{t,j} = d_j J_{t,j} / Σ_u J_{u,j}²``.
 
     *Reads* the losses, which must be >= 0, and the Jacobian. *Writes* ``[m, n]``. *State* per task: ``y_t`` of size
     ``[n]``, and the number of its steps. *Cost* the gradients of all tasks, kept as ``[m, n]``, and as much memory
@@ -47,9 +45,9 @@ class DBMTL(Weighting):
     >>> (DBMTL(tracking=0.0)(losses=torch.tensor([2.0, 1.0]), jacobian=J) * J).sum(dim=0)
     tensor([2., 2.])
 
-    *Differs from the paper* in what no weight of the shared gradients can say. Heads get the gradient of the plain sum,
-    not of the logarithms: for that, give ``loss.log()`` to the optimizer and pass ``logarithm=False``. And where an
-    entry of all tasks' gradients is exactly zero, ``d`` is not applied (it stays in ``y``).
+    *Differs from the paper* in what weights of the shared gradients cannot do. Heads get the gradient of the plain sum,
+    not of the logarithms: for that, give ``loss.log()`` to the optimizer and pass ``logarithm=False``. Where an entry
+    of all tasks' gradients is exactly zero, ``d`` is not applied (it stays in ``y``).
 
     References:
         Lin, Jiang, Ye, Zhang, Chen, Chen, Liu, Kwok, "Dual-Balancing for Multi-Task Learning", arXiv 2308.12029,

@@ -1,7 +1,5 @@
 """Robust multi-task learning with excess risks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -24,16 +22,16 @@ class ExcessMTL(Weighting):
     exponentiated gradient ascent, ``w_t ∝ w_t exp(η e_t / e_t(0))``.
 
     *Reads* the Jacobian. *Writes* ``[m]``, on the simplex. *State* per task: ``sqrt(Σ g²)`` of size ``[n]``, the log of
-    the weight, ``e_t(0)``, and the number of steps up to ``warmup``. *Cost* the gradients of all tasks, kept as
-    ``[m, n]``, and as much memory again for the state.
+    the weight, ``e_t(0)``, and the number of steps up to ``warmup``. *Cost* the gradients of all tasks, kept as ``[m,
+    n]``, and as much memory again for the state.
 
-    A weight rests during its task's warm-up. A task joins with the mean weight, and the weights of absent tasks rest:
-    the present ones share what they had together. Steps where a task's gradient is zero do not count as warm-up.
+    A weight rests during its task's warm-up, in which steps with a zero gradient do not count. A task joins with the
+    mean weight, and the weights of absent tasks rest: the present ones share what they had together.
 
     Args:
         step_size: ``η``. Default 1, the paper's; the official code's default is 0.01, and its README sets 1.
-        warmup: number of a task's steps that ``e_t(0)`` averages, during which its weight rests. Default 1, the
-            official code's; the paper recommends those of the first three epochs.
+        warmup: number of a task's steps that ``e_t(0)`` averages. Default 1, the official code's; the paper recommends
+            those of the first three epochs.
 
     Raises:
         MTLWeightError: if ``step_size`` is not positive, ``warmup < 1``, or the number of shared parameters changes.

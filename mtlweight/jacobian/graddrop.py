@@ -1,7 +1,5 @@
 """Gradient sign dropout."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

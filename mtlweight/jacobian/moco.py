@@ -1,7 +1,5 @@
 """Multi-objective gradient correction."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -21,17 +19,17 @@ from mtlweight.solvers._simplex import project_simplex
 class MoCo(Weighting):
     """Tracks each task's gradient over the steps, and follows the tracked gradients' min-norm combination.
 
-    Batches are noisy, and a min-norm point of noisy gradients is biased. So at step ``k`` of a task ``y_t ← y_t - β_k
-    (y_t - g_t)``, and with the rows ``y_t`` of ``Y`` the combination descends slowly, ``λ ← Π(λ - γ_k (Y Yᵀ + ρ I) λ)``
-    with the projection ``Π`` on the simplex; ``β_k = β / √k``, ``γ_k = γ / √k``. The step is ``d = Yᵀ λ``.
+    A min-norm point of noisy gradients is biased. So at step ``k`` of a task ``y_t ← y_t - β_k (y_t - g_t)``, and with
+    the rows ``y_t`` of ``Y`` the combination descends slowly, ``λ ← Π(λ - γ_k (Y Yᵀ + ρ I) λ)`` with the projection
+    ``Π`` on the simplex; ``β_k = β / √k``, ``γ_k = γ / √k``. The step is ``d = Yᵀ λ``.
 
-    A weight tensor multiplies this batch's gradients ``J``, and ``Y`` is none of them. Of all weights whose step is
-    ``d`` these are the smallest, entry by entry: ``W_{t,j} = d_j J_{t,j} / Σ_u J_{u,j}²``. They reproduce ``d``
-    wherever one task's entry is not exactly zero.
+    Weights multiply this batch's gradients ``J``, not ``Y``. Of all weights whose step is ``d`` these are the smallest,
+    entry by entry: ``W_{t,j} = d_j J_{t,j} / Σ_u J_{u,j}²``. They reproduce ``d`` wherever one task's entry is not
+    exactly zero.
 
     *Reads* the Jacobian; for ``form="official"`` the losses too. *Writes* ``[m, n]``. *State* per task: ``y_t`` of size
-    ``[n]``, ``λ_t``, and the number of its steps; the number of steps. *Cost* the gradients of all tasks, kept as
-    ``[m, n]``, as much memory again for the state and for the weights, and one Gramian.
+    ``[n]``, ``λ_t``, and the number of its steps; the number of steps. *Cost* the gradients of all tasks, kept as ``[m,
+    n]``, as much memory again for the state and for the weights, and one Gramian.
 
     The present tasks' ``λ`` are rescaled to the simplex; a task joins with ``1 / m``.
 
@@ -40,7 +38,7 @@ class MoCo(Weighting):
         step_size: ``γ``. Default 0.1, LibMTL's.
         ridge: ``ρ``. Default 0, LibMTL's.
         form: ``"paper"``, as above; or ``"official"``, as in LibMTL after the authors' code: each gradient is first
-            rescaled to the length of its loss, ``g_t ← ℓ_t g_t / |g_t|``, and ``Π`` is a softmax.
+            rescaled to the length of its loss, ``g_t ← ℓ_t g_t / |g_t|``, and ``Π`` is a softmax. Default ``"paper"``.
 
     Raises:
         MTLWeightError: if a hyperparameter is out of range, or the number of shared parameters changes.
@@ -49,9 +47,9 @@ class MoCo(Weighting):
     >>> (weights * torch.tensor([[4.0, 2.0], [0.0, 2.0]])).sum(dim=0)
     tensor([0.8000, 1.0000])
 
-    *Differs from the paper* where an entry of all tasks' gradients is exactly zero, as for the rows of an embedding
-    that the batch does not use: there ``d`` is not applied (it stays in ``y``), while the paper would move that
-    parameter by what it remembers. Heads get the gradient of the plain sum; the step sizes' schedule is the code's.
+    *Differs from the paper* where an entry of all tasks' gradients is exactly zero, as for rows of an embedding that
+    the batch does not use: there ``d`` is not applied (it stays in ``y``), while the paper would move that parameter by
+    what it remembers. Heads get the gradient of the plain sum; the step sizes' schedule is the code's.
 
     References:
         Fernando, Shen, Liu, Chaudhury, Murugesan, Chen, "Mitigating Gradient Bias in Multi-objective Learning: A

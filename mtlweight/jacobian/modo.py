@@ -1,7 +1,5 @@
 """Multi-objective gradient with double sampling."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -25,8 +23,8 @@ class MoDo(Weighting):
     projection ``Π`` on the simplex, and the step is ``J_3ᵀ λ``, whose weights do not depend on its noise either.
 
     One batch is taken as three: its samples are dealt at random into three parts, the same for all tasks. Give batches
-    three times as large as for another method. They are independent as far as the samples are: drawn without
-    replacement from a small data set, or seen together by BatchNorm, they are so nearly.
+    three times as large as for another method. The parts are nearly independent where samples are drawn without
+    replacement from a small data set, or seen together by BatchNorm.
 
     *Reads* the losses per sample and the Jacobians of two parts. *Writes* ``[m, b]``: ``λ_t`` divided by the size of
     the third part for its samples, 0 for all others. *State* per task: ``λ_t``. *Cost* two gradients a task, kept as
@@ -40,7 +38,8 @@ class MoDo(Weighting):
             squared gradient, so it wants tuning. At 0 the weights stay equal.
         ridge: ``ρ``. Default 0.1, that of the authors' code for Office-31, and LibMTL's; for MNIST it is 0.
         form: ``"paper"``, as above; or ``"official"``, as in the authors' code: two parts, and the step is ``(J_1 +
-            J_2)ᵀ λ``, in which weights and gradients are not independent, and whose weights add up to 2.
+            J_2)ᵀ λ``, in which weights and gradients are not independent, and whose weights add up to 2. Default
+            ``"paper"``.
 
     Raises:
         MTLWeightError: if a hyperparameter is out of range, losses are scalars, or there are fewer samples than parts.
@@ -49,8 +48,8 @@ class MoDo(Weighting):
     >>> MoDo(step_size=0.01, ridge=0.0)(losses=torch.ones(2, 3), jacobian=J).sum(dim=1)
     tensor([0.4625, 0.5375])
 
-    *Differs from the paper* in that the three batches are parts of one. This follows the authors' code and the version
-    of it in LibMTL, which samples three times; the paper's equations are from memory.
+    *Differs from the paper* in that the three batches are parts of one. This follows the authors' code and LibMTL's,
+    which samples three times; the paper's equations are from memory.
 
     References:
         Chen, Fernando, Ying, Chen, "Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization and

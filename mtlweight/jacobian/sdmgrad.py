@@ -1,7 +1,5 @@
 """Stochastic direction-oriented multi-objective gradient descent."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -23,21 +21,20 @@ class SDMGrad(Weighting):
     """The min-norm combination of gradients, held near their mean, from estimates that noise does not bias.
 
     With the mean gradient ``g_0`` and ``g_w = Jᵀ w`` the weights minimise ``½ |g_w + λ g_0|²`` over the simplex, and
-    the step is ``(g_w + λ g_0) / (1 + λ)``: ``λ = 0`` is :class:`MGDA`, a large ``λ`` the mean. The minimum is
-    approached by ``S`` steps of ``w ← Π(w - β (J_1 J_2ᵀ w + λ J_1 J_2ᵀ 1/m) / s²)``, with heavy-ball momentum, from the
-    weights of the step before; ``Π`` projects on the simplex. ``J_1`` and ``J_2`` come from independent batches, so
-    that the slope has no bias, and the step is taken with a third, ``J_3``. The unit ``s² = mean_t |g_t| · mean_t
-    |g'_t|``, with rows ``g_t`` of ``J_1`` and ``g'_t`` of ``J_2``, makes ``β`` a plain number.
+    the step is ``(g_w + λ g_0) / (1 + λ)``: ``λ = 0`` is :class:`MGDA`, a large ``λ`` the mean. From the last weights,
+    ``S`` steps ``w ← Π(w - β (J_1 J_2ᵀ w + λ J_1 J_2ᵀ 1/m) / s²)`` with heavy-ball momentum approach the minimum; ``Π``
+    projects on the simplex. ``J_1`` and ``J_2`` come from independent batches, so that the slope has no bias, and the
+    step is taken with a third, ``J_3``. The unit ``s² = mean_t |g_t| · mean_t |g'_t|``, with rows ``g_t`` of ``J_1``
+    and ``g'_t`` of ``J_2``, makes ``β`` a plain number.
 
-    One batch is taken as three: its samples are dealt at random into three parts, the same for all tasks. Give batches
-    three times as large as for another method. They are independent as far as the samples are: drawn without
-    replacement from a small data set, or seen together by BatchNorm, they are so nearly.
+    The three batches are parts of one, drawn as for :class:`MoDo`: give batches three times as large as for another
+    method.
 
-    *Reads* the losses per sample and the Jacobians of two parts; with ``independent=False`` the Gramian. *Writes*
-    ``[m, b]``: ``(w_t + λ / m) / (1 + λ)`` divided by the size of the third part for its samples, 0 for all others;
-    with ``independent=False`` that number, ``[m]``. *State* per task: ``w_t``; none with ``independent=False``. *Cost*
-    two gradients a task, kept as ``[2 m, n]``, and one ordinary backward; with ``independent=False`` the gradients of
-    all tasks.
+    *Reads* the losses per sample and the Jacobians of two parts; with ``independent=False`` the Gramian. *Writes* ``[m,
+    b]``: ``(w_t + λ / m) / (1 + λ)`` divided by the size of the third part for its samples, 0 for all others; with
+    ``independent=False`` that number, ``[m]``. *State* per task: ``w_t``; none with ``independent=False``. *Cost* two
+    gradients a task, kept as ``[2 m, n]``, and one ordinary backward; with ``independent=False`` the gradients of all
+    tasks.
 
     The present tasks' ``w`` are rescaled to the simplex; a task joins with ``1 / m``. Heads are trained on the third
     part alone; on all samples, unweighted, with ``heads="unweighted"``.
@@ -48,9 +45,8 @@ class SDMGrad(Weighting):
         step_size: ``β``. Default 10, that of the authors' code; LibMTL's is 5.
         momentum: in ``[0, 1)``. Default 0.5, that of the authors' code.
         independent: whether the three batches are independent, as in the paper. Default true. False takes the whole
-            batch for all three, and the exact minimum, without iterations. The authors' code takes one batch too: for
-            reinforcement learning on purpose, for NYUv2 and Cityscapes because its three gradients are one tensor,
-            overwritten twice.
+            batch for all three, and the exact minimum. The authors' code takes one batch too: for reinforcement
+            learning on purpose, for NYUv2 and Cityscapes because its three gradients are one tensor, overwritten twice.
 
     Raises:
         MTLWeightError: if a hyperparameter is out of range; if ``independent``, for scalar losses or fewer than three
@@ -62,12 +58,12 @@ class SDMGrad(Weighting):
     >>> SDMGrad(pull=1.0, step_size=0.5)(losses=torch.ones(2, 3), jacobian=J).sum(dim=1)
     tensor([0.7500, 0.2500])
 
-    *Differs from the paper* in that the three batches are parts of one, and the same two serve all ``S`` steps, as in
-    the code. From the code differs the unit: there ``s = mean_t √<g_t, g'_t>``, which has no value where two noisy
-    gradients oppose each other, and an absolute 1e-4 is added; from one batch the two are the same. The code multiplies
-    the step by ``m`` and clips its norm at 1. At its ``β`` the descent need not settle: from eight equally long
-    gradients in equal conflict it makes two that count, and rounding picks them. Take 0.5 for one that does. The
-    paper's equations are from memory; its variant that samples objectives is left out.
+    *Differs from the paper* in that the batches are parts of one, and the same two serve all ``S`` steps, as in the
+    code. The code's unit is ``s = mean_t √<g_t, g'_t>``, the same for one batch, but without a value where two noisy
+    gradients oppose each other; it adds an absolute 1e-4, multiplies the step by ``m`` and clips its norm at 1. At its
+    ``β`` the descent need not settle: from eight equally long gradients in equal conflict it makes two that count, and
+    rounding picks them. Take 0.5 for one that does. The paper's equations are from memory; its variant that samples
+    objectives is left out.
 
     References:
         Xiao, Ban, Ji, "Direction-oriented Multi-objective Learning: Simple and Provable Stochastic Algorithms", NeurIPS

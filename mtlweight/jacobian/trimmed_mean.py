@@ -1,7 +1,5 @@
 """Coordinate-wise trimmed mean."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -19,12 +17,10 @@ class TrimmedMean(Weighting):
 
     For each of the ``n`` entries, the ``k`` largest and the ``k`` smallest of its ``m`` values have weight 0, the
     others ``1 / (m - 2k)``; ``k = ⌈β m⌉``, but at most ``⌊(m - 1) / 2⌋``, so that a value is left. With ``β`` close to
-    1/2 it is the median. Equal values share the places that fall to them.
+    1/2 it is the median, of two tasks always their mean. Equal values share the places that fall to them.
 
     *Reads* the Jacobian. *Writes* ``[m, n]``, non-negative, each column with sum 1. *State* none. *Cost* the gradients
     of all tasks, kept as ``[m, n]``, a sort of each column, and weights of the same size.
-
-    Of two tasks nothing can be trimmed: it is their mean.
 
     Args:
         fraction: ``β`` in ``[0, 1/2)``, the share of tasks that may be outliers, on either side. Default 0.1, as in the

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from mtlweight.solvers._proximal import proximal
+from mtlweight.solvers._nonnegative import shortest
 from mtlweight.solvers._rows import DEPENDENT, NONE, NULL, Array, eigen
 
 
@@ -19,7 +19,7 @@ def cancelling(C: Array) -> Array:
         if vanished.any():
             more: Array = vanished.astype(np.float64)  # in the span of S, whose cone is all of its span
         else:
-            more = proximal(P / lengths / lengths[:, None], np.ones(len(P))) / lengths
+            more = shortest(P / lengths / lengths[:, None], np.ones(len(P))) / lengths
             more = _null_part(P, more)  # the ridge cannot tell what cancels from what nearly does
             if not more.any():
                 break

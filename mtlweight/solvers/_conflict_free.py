@@ -2,40 +2,39 @@
 
 import numpy as np
 
-from mtlweight.solvers._rows import NONE, NULL, TINY, Array, Solution, eigen, promised, rows_of, solved, times
+from mtlweight.solvers._rows import NONE, NULL, TINY, Array, Rows, Solution, eigen, promised, solve_each, solved
 
 _ROUNDING = 1e-14  # a sum this far below its terms is nothing but rounding
 
 
 def conflict_free(gramian: Array) -> Solution:
-    r"""Weights of the step that has the same positive cosine with each of `m` gradients, as long as they projected sum.
+    r"""Weights of the step at the same acute angle to all `m` gradients, as long as the sum of their projections on it.
 
     .. math::
         d = \Big(\sum_i \langle g_i, e \rangle\Big) e, \qquad e = \frac{x}{\|x\|}, \qquad x = U^+ \mathbf{1}
 
-    - :math:`U`: the gradients :math:`g_i` scaled to length one, `[m, n]`, and :math:`U^+` its pseudo-inverse. Only the
-      inner products `G`, `[m, m]`, are read: :math:`U^+ = U^\top C^+` with the cosines :math:`C = U U^\top`.
+    The rows of `U`, `[m, n]`, are the gradients :math:`g_i` scaled to length one. Only the inner products `G`, `[m,
+    m]`, are read: the pseudo-inverse is :math:`U^+ = U^\top C^+` with the cosines :math:`C = U U^\top`.
 
-    **Residual.** Of the normal equations that define :math:`y = C^+ \mathbf{1}`, the componentwise backward error:
+    **Residual.** The componentwise backward error of the normal equations for :math:`y = C^+ \mathbf{1}`, zero for a
+    step of zero:
 
     .. math::
         \max_i \frac{|(C (\mathbf{1} - C y))_i|}{(|C| (\mathbf{1} + |C| |y|))_i}
 
-    Of a step of zero it is zero.
-
     **Method.** The linear system :math:`C y = 1`, or an eigenvalue decomposition where rows depend on each other.
 
-    **Degenerate input.** Where gradients depend on each other, the pseudo-inverse gives the cosines that are equal in
-    the sense of least squares, and `d` can conflict. Where they are orthogonal to being equal, as between opposed
-    gradients, or where the projections cancel, `d` and all weights are zero. A zero row gets weight 0. Rows count as
-    dependent where a combination of them is shorter than about :math:`10^{-6} \sqrt m` times its coefficients.
+    **Degenerate input.** Where gradients depend on each other, the cosines are equal in the sense of least squares, and
+    `d` can conflict. Where not even that is possible, as between opposed gradients, or where the projections cancel,
+    `d` and all weights are zero. A zero row has weight 0. Rows count as dependent where a combination of them is
+    shorter than about :math:`10^{-6} \sqrt m` times its coefficients.
 
     Args:
-        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`; or many, `[..., m, m]`, each solved by itself.
-            It is not changed.
+        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`; or a stack of them, `[..., m, m]`, each solved by
+            itself. It is not changed.
 
     Returns:
-        The weights, `[m]` or `[..., m]`, and their residual, the largest of many, at most `1e-8`.
+        The weights, `[m]` or `[..., m]`, and the largest residual, at most `1e-8`.
 
     Raises:
         MTLWeightError: If a Gramian is not square, finite, symmetric and positive semidefinite.
@@ -50,32 +49,35 @@ def conflict_free(gramian: Array) -> Solution:
         array([0.625, 2.5  ])
         >>> weights @ J
         array([1.25, 1.25])
-        >>> residual < 1e-8
-        True
 
     References:
         - Q. Liu, M. Chu and N. Thuerey, "ConFIG: towards conflict-free training of physics informed neural networks",
           2408.11104, 2024, equations 2 and 3.
     """
-    rows = rows_of(gramian, "conflict_free", stacks=True)
+    return solve_each(gramian, "conflict_free", _direction)
+
+
+def _direction(rows: Rows) -> Solution:
     ones = (rows.norms > 0.0).astype(np.float64)
     C, y = rows.cosines, solved(rows, ones, _least_squares)
-    projections = times(C, y)
-    size = np.abs(C)
-    terms = times(size, ones + times(size, np.abs(y)))
-    error = np.abs(times(C, ones - projections)) / np.maximum(terms, TINY)
-    error *= ones * y.any(axis=-1, keepdims=True)
-    residual = promised("conflict_free", float(error.max()), C.shape[-1])
-    scaled = rows.norms / np.maximum(rows.norms.max(axis=-1, keepdims=True), TINY)
-    length, squared = (scaled * projections).sum(axis=-1), (y * projections).sum(axis=-1)
-    moves = np.abs(length) > _ROUNDING * (scaled * np.abs(projections)).sum(axis=-1)
-    scale = np.divide(length, squared, out=np.zeros_like(length), where=moves)
-    return Solution(scale[..., None] * np.divide(y, scaled, out=np.zeros_like(y), where=scaled > 0.0), residual)
+    if not y.any():
+        return Solution(y, 0.0)
+    projections, size = C @ y, np.abs(C)
+    terms = size @ (ones + size @ np.abs(y))
+    error = np.abs(C @ (ones - projections)) / np.maximum(terms, TINY)
+    residual = promised("conflict_free", float((error * ones).max()), len(C))
+    scaled = rows.norms / rows.norms.max()
+    length = scaled @ projections
+    if abs(length) <= _ROUNDING * (scaled @ np.abs(projections)):
+        return Solution(np.zeros_like(y), residual)
+    scale = length / (y @ projections)
+    return Solution(scale * np.divide(y, scaled, out=np.zeros_like(y), where=scaled > 0.0), residual)
 
 
 def _least_squares(C: Array, ones: Array) -> Array:
     values, vectors = eigen(C)
-    kept = values > NULL * values.shape[-1]
-    shares = np.where(kept, times(vectors.swapaxes(-2, -1), ones), 0.0)
-    shares[np.linalg.norm(shares, axis=-1) <= NONE] = 0.0
-    return times(vectors, shares / np.where(kept, values, 1.0)) * ones
+    kept = values > NULL * len(values)
+    shares = np.where(kept, vectors.T @ ones, 0.0)
+    if np.linalg.norm(shares) <= NONE:
+        return np.zeros_like(ones)
+    return vectors @ (shares / np.where(kept, values, 1.0)) * ones

@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from mtlweight.solvers._rows import NONE, NULL, TINY, Array, Solution, eigen, promised, rows_of, solved, times
+from mtlweight.solvers._rows import NONE, NULL, Array, Rows, Solution, eigen, promised, solve_each, solved
 
 _RIDGE = 1e-11
 
@@ -16,35 +16,33 @@ def equal_projection(gramian: Array, total: Literal["sum", "absolute"] = "sum") 
         \left\langle \sum_j w_j g_j,\ \frac{g_i}{\|g_i\|} \right\rangle = \kappa \quad \text{for all } i, \qquad
         \sum_i w_i = 1
 
-    - :math:`g_i`: the gradients, of which only the inner products `G`, `[m, m]`, are read; :math:`\kappa`: the common
-      projection, which follows. Weights can be negative, and so can :math:`\kappa`: then the step is an ascent for
-      all objectives.
+    Of the gradients :math:`g_i` only the inner products `G`, `[m, m]`, are read. Weights can be negative, and so can
+    the common projection :math:`\kappa`: then the step is an ascent for all objectives.
 
-    **Residual.** The largest difference, relative to the lengths that are summed, with the cosines `C` and
-    :math:`y_i = w_i \|g_i\|`:
+    **Residual.** The largest difference, relative to the lengths that are summed, with the cosines `C` and :math:`y_i =
+    w_i \|g_i\|`:
 
     .. math::
         \max_i \frac{|(C y)_i - \kappa|}{\sum_j |y_j|}
 
-    **Method.** The linear system :math:`C y = 1`, scaled afterwards; by a proximal point iteration where rows depend
-    on each other, so that what cancels grows beyond the rest, as in the limit below.
+    **Method.** The linear system :math:`C y = 1`, scaled afterwards; where rows depend on each other, a proximal point
+    iteration, by which what cancels grows beyond the rest, as in the limit below.
 
-    **Degenerate input.** Where gradients depend on each other, the answer is the limit of
-    :math:`(C + \epsilon I) y = 1`, scaled, for :math:`\epsilon \to 0`. If the equations can still be met, it is the
-    solution of least :math:`\sum_i w_i^2 \|g_i\|^2` before scaling: duplicates share. If not, as between opposed
-    gradients or wherever a convex combination vanishes, the only step with equal projections is zero:
-    :math:`\kappa = 0`, and `y` is the projection of the vector of ones on the null space of `C`. A zero row has no
-    direction and gets weight 0; if all rows are zero, the weights are uniform. If the weights cancel, they cannot be
-    scaled to sum to one, and zeros are returned.
+    **Degenerate input.** Where gradients depend on each other, the answer is the limit of :math:`(C + \epsilon I) y =
+    1`, scaled, for :math:`\epsilon \to 0`. If the equations can still be met, it is the solution of least :math:`\sum_i
+    w_i^2 \|g_i\|^2` before scaling: duplicates share. If not, as between opposed gradients or wherever a convex
+    combination vanishes, the only step with equal projections is zero: :math:`\kappa = 0`, and `y` is the projection of
+    the vector of ones on the null space of `C`. A zero row has weight 0; if all rows are zero, the weights are uniform.
+    If the weights cancel, no scale makes their sum one, and all are zero.
 
     Args:
-        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`; or many, `[..., m, m]`, each solved by itself.
-            It is not changed.
-        total: What is scaled to one: the sum of the weights, or the sum of their absolute values. The latter always
-            can be, and keeps :math:`\kappa \ge 0`.
+        gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`; or a stack of them, `[..., m, m]`, each solved by
+            itself. It is not changed.
+        total: What is scaled to one: the sum of the weights, or the sum of their absolute values. The latter always can
+            be, and keeps :math:`\kappa \ge 0`.
 
     Returns:
-        The weights, `[m]` or `[..., m]`, and their residual, the largest of many, at most `1e-8`.
+        The weights, `[m]` or `[..., m]`, and the largest residual, at most `1e-8`.
 
     Raises:
         MTLWeightError: If a Gramian is not square, finite, symmetric and positive semidefinite.
@@ -59,39 +57,35 @@ def equal_projection(gramian: Array, total: Literal["sum", "absolute"] = "sum") 
         array([0.2, 0.8])
         >>> weights @ J
         array([0.4, 0.4])
-        >>> residual < 1e-8
-        True
 
     References:
         - L. Liu et al., "Towards impartial multi-task learning", ICLR 2021, section 3.1.
     """
-    rows = rows_of(gramian, "equal_projection", stacks=True)
-    C, m = rows.cosines, rows.cosines.shape[-1]
-    y = (rows.norms > 0.0).astype(np.float64)
-    kappa = y
-    if m == 2:
-        kappa = y * (1.0 + C[..., :1, 1])
-    else:
-        y = solved(rows, y, _limit)
-    gap = times(C, y) - kappa
-    if rows.dependent.any():  # what the rounding of rows leaves outside of their span cannot be met
-        gap = np.where(rows.dependent[..., None], times(C, gap), gap)
-    off = np.abs(gap).max(axis=-1) / np.maximum(np.abs(y).sum(axis=-1), TINY)
-    residual = promised("equal_projection", float(off.max()), m)
+    return solve_each(gramian, "equal_projection", lambda rows: _combination(rows, total))
+
+
+def _combination(rows: Rows, total: str) -> Solution:
+    C, m = rows.cosines, len(rows.norms)
+    ones = (rows.norms > 0.0).astype(np.float64)
+    if not ones.any():
+        return Solution(ones + 1.0 / m, 0.0)
+    y = solved(rows, ones, _limit)
+    gap = C @ y - ones
+    if rows.pivot == 0.0:
+        gap = C @ gap  # what the rounding of rows leaves outside of their span cannot be met
+    residual = promised("equal_projection", float(np.abs(gap).max() / np.abs(y).sum()), m)
     w = y * rows.inverse
-    size = np.abs(w).sum(axis=-1, keepdims=True)
-    scale = w.sum(axis=-1, keepdims=True) if total == "sum" else size
-    weights = np.divide(w, scale, out=np.zeros_like(w), where=np.abs(scale) > NONE * size)
-    weights[~size.any(axis=-1)] = 1.0 / m  # nothing but zero rows
-    return Solution(weights, residual)
+    size = np.abs(w).sum()
+    scale = w.sum() if total == "sum" else size
+    return Solution(w / scale if abs(scale) > NONE * size else np.zeros_like(w), residual)
 
 
 def _limit(C: Array, ones: Array) -> Array:
     """Three steps of a proximal point iteration, `(C + ridge) y' = 1 + ridge y`, from zero."""
     values, vectors = eigen(C)
-    shares = times(vectors.swapaxes(-2, -1), ones)
-    null = values < values.shape[-1] * NULL
+    shares = vectors.T @ ones
+    null = values < len(values) * NULL
     shares[null & (np.abs(shares) < NONE)] = 0.0
     values[null] = 0.0
     ratio = _RIDGE / (values + _RIDGE)
-    return times(vectors, shares * (1.0 + ratio + ratio**2) / (values + _RIDGE)) * ones
+    return vectors @ (shares * (1.0 + ratio + ratio**2) / (values + _RIDGE)) * ones

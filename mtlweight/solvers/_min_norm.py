@@ -1,14 +1,10 @@
 """The shortest vector in the convex hull of the rows of J, from the Gramian alone."""
 
-import math
-
 import numpy as np
 
 from mtlweight.solvers._cancelling import cancelling
-from mtlweight.solvers._proximal import kkt, proximal
-from mtlweight.solvers._rows import EPS, TOLERANCE, Array, Solution, promised, rows_of
-
-_DEPENDENT = 1e-9  # least squared pivot of cosines, below which rows may cancel
+from mtlweight.solvers._nonnegative import kkt, shortest
+from mtlweight.solvers._rows import INDEPENDENT, TOLERANCE, Array, Solution, promised, rows_of
 
 
 def min_norm(gramian: Array) -> Solution:
@@ -17,32 +13,30 @@ def min_norm(gramian: Array) -> Solution:
     .. math::
         w = \arg\min_{w \ge 0,\ \sum_i w_i = 1} w^\top G w, \qquad x = J^\top w, \quad G = J J^\top
 
-    - `J`: the gradients, `[m, n]`, with rows :math:`g_i`; only `G`, `[m, m]`, is read.
-    - `x`: the min-norm point, `[n]`. It has :math:`\langle x, g_i \rangle \ge \|x\|^2` for all `i`: going against it
-      decreases every objective, or `x` is zero and no direction does.
+    Of the gradients :math:`g_i`, the rows of `J`, only `G`, `[m, m]`, is read. The min-norm point `x` has
+    :math:`\langle x, g_i \rangle \ge \|x\|^2` for all `i`: going against it decreases every objective, or `x` is zero
+    and no direction does.
 
     **Residual.** The largest violation of that inequality, in units that cancel the scale of every row:
 
     .. math::
         \max_i \frac{(w^\top G w - (G w)_i)_+}{\|g_i\| \sum_j w_j \|g_j\|}
 
-    The sum replaces :math:`\|x\|`, which is nothing but rounding where the gradients cancel. Complementarity needs no
-    second term: since :math:`\sum_i w_i ((Gw)_i - w^\top G w) = 0`, a slack row with weight is paid for by a violation.
+    The sum replaces :math:`\|x\|`, which is only rounding where the gradients cancel. Complementarity needs no second
+    term: since :math:`\sum_i w_i ((Gw)_i - w^\top G w) = 0`, a slack row with weight is paid for by a violation.
 
-    **Method.** In the lengths :math:`z_i \propto w_i \|g_i\|` and the cosines :math:`C_{ij}` of the rows, with
-    :math:`d_i \propto 1 / \|g_i\|`, the problem is :math:`\min_{z \ge 0} \frac12 z^\top C z - d^\top z` up to the
-    length of `z`. It is solved by a proximal point iteration: each step adds a ridge
-    :math:`\frac\rho2 \|z - z_\text{last}\|^2`, which makes it strictly convex, and is solved exactly by an active set.
-    The first step already has a residual below :math:`\rho = 10^{-10}`; the next ones remove the ridge's bias. Two
-    gradients are solved in closed form.
+    **Method.** In the lengths :math:`z_i \propto w_i \|g_i\|` and the cosines `C` of the rows, with :math:`d_i \propto
+    1 / \|g_i\|`, the problem is :math:`\min_{z \ge 0} \frac12 z^\top C z - d^\top z` up to the length of `z`. In each
+    step of a proximal point iteration a ridge :math:`\frac\rho2 \|z - z_\text{last}\|^2` with :math:`\rho = 10^{-10}`
+    makes it strictly convex, and it is solved by block principal pivoting. The first step already has a residual below
+    :math:`\rho`; the next ones remove the ridge's bias.
 
     **Degenerate input.** `x` is always unique, the weights need not be. Among all minimisers this is the one of least
-    :math:`\sum_i w_i^2 \|g_i\|^2` (within about :math:`10^{-5}`): duplicate rows share their weight equally and
-    permuting the rows permutes the weights. If there are zero rows, the weights are uniform over these; so they are
-    uniform for `G = 0`. A row counts as zero if its squared norm is below the smallest normal float64. Where the rows
-    cancel to less than about :math:`10^{-5} \sum_j w_j \|g_j\|`, the direction of `x` drowns in the rounding of `G`.
-    A slightly indefinite `G`, as float32 rounding leaves it, is replaced by the nearest positive semidefinite matrix
-    of cosines, and the residual is that of the replacement.
+    :math:`\sum_i w_i^2 \|g_i\|^2` (within about :math:`10^{-5}`): duplicate rows share equally, and permuting the rows
+    permutes the weights. Zero rows, of a squared norm below the smallest normal float64, share all weight equally.
+    Where the rows cancel to less than about :math:`10^{-5} \sum_j w_j \|g_j\|`, the direction of `x` drowns in the
+    rounding of `G`. A slightly indefinite `G`, as float32 rounding leaves it, is replaced by the nearest positive
+    semidefinite matrix of cosines, and the residual is that of the replacement.
 
     Args:
         gramian: Symmetric, positive semidefinite, `[m, m]`, `m >= 1`. It is not changed.
@@ -63,8 +57,6 @@ def min_norm(gramian: Array) -> Solution:
         array([0.2, 0.8, 0. ])
         >>> residual < 1e-8
         True
-        >>> float(np.square(weights @ J).sum().round(6))
-        0.8
 
     References:
         - P. Wolfe, "Finding the nearest point in a polytope", Mathematical Programming 11, 1976.
@@ -72,35 +64,15 @@ def min_norm(gramian: Array) -> Solution:
         - O. Sener and V. Koltun, "Multi-task learning as multi-objective optimization", 1810.04650, 2018.
         - C. Lawson and R. Hanson, "Solving Least Squares Problems", 1974, chapter 23: the active set.
     """
-    plain = _two(np.asarray(gramian, dtype=np.float64))
-    if plain is not None:
-        return plain
     norms, C, _ = rows = rows_of(gramian, "min_norm")
     least = norms.min()
     if least == 0.0:
         return Solution(rows.zero / rows.zero.sum(), 0.0)
     d = least / norms
-    z = _pair(C, d) if len(d) == 2 else proximal(C, d)
-    if len(d) > 2 and rows.pivot < _DEPENDENT:
+    z = shortest(C, d)
+    if rows.pivot < INDEPENDENT:
         z = _vanishing(C, d, z)
     return Solution(z * d / (z @ d), promised("min_norm", kkt(C, d, z), len(d)))
-
-
-def _two(G: Array) -> Solution | None:
-    """The closed form for two gradients, number by number; `None` unless they are plainly there and independent."""
-    if G.shape != (2, 2):
-        return None
-    (a, c), (d, b) = G.tolist()
-    least, most = 1e-290, 1e290
-    if not (c == d and least < a < most and least < b < most and abs(c) < 0.999 * math.sqrt(a) * math.sqrt(b)):
-        return None  # nor are they finite, and the Gramian symmetric and positive semidefinite, otherwise
-    u, v = max(b - c, 0.0), max(a - c, 0.0)
-    u, v = u / (u + v), v / (u + v)
-    x, y = a * u + c * v, c * u + b * v
-    norms = math.sqrt(a), math.sqrt(b)
-    square = u * x + v * y
-    residual = max((square - x) / norms[0], (square - y) / norms[1], 0.0) / (u * norms[0] + v * norms[1])
-    return Solution(np.array([u, v]), residual) if residual < TOLERANCE else None
 
 
 def _vanishing(C: Array, d: Array, z: Array) -> Array:
@@ -111,11 +83,5 @@ def _vanishing(C: Array, d: Array, z: Array) -> Array:
     if not S.any():
         return z
     better = np.zeros_like(z)
-    better[S] = proximal(C[np.ix_(S, S)], d[S] / d[S].max())  # without the smaller rows
+    better[S] = shortest(C[np.ix_(S, S)], d[S] / d[S].max())  # without the smaller rows
     return better if kkt(C, d, better) <= TOLERANCE / 100 else z
-
-
-def _pair(C: Array, d: Array) -> Array:
-    """Both rows by Cramer's rule; a row whose share is negative is left out; coincident rows share equally."""
-    z = np.maximum(np.diag(C)[::-1] * d - C[0, 1] * d[::-1], 0.0)
-    return z if z.sum() > 4 * EPS else np.ones(2)

@@ -1,13 +1,13 @@
 """Quadratic programs over nonnegative vectors, solved exactly."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
 from mtlweight.solvers._rows import EPS, RIDGE, Array, ridged
 
-_DEFINITE = 1e-6  # least squared pivot of cosines that need no ridge
 _ROUNDS = 12  # of exchanges; a row that takes longer probably cycles
-_SMALL = 16  # up to here masking costs less than gathering, and another round less than a good guess
 
 
 def nonnegative_quadratic(H: Array, q: Array, z: Array) -> Array:
@@ -34,21 +34,14 @@ def nonnegative_quadratic(H: Array, q: Array, z: Array) -> Array:
 
 
 def nonnegative_quadratics(H: Array, Q: Array, free: npt.NDArray[np.bool_] | None = None) -> Array:
-    """The same for each row of `Q`, `[r, m]`, at once: block principal pivoting.
+    """The same for each row of `Q`, `[r, m]`, at once: block principal pivoting from a guess of the free entries.
 
     Each round solves all rows on the entries that are thought to be free, and exchanges all entries of the wrong sign.
-    A few steps of projected gradient descent guess so well that one to three rounds are enough. A row that takes many
-    is left to the active set.
-
-    Args:
-        H: Positive definite, `[m, m]`.
-        Q: `[r, m]`.
-        free: Guess of the free entries, `[r, m]`.
+    Most end in a few rounds. A row that takes many is left to the active set.
     """
     m = Q.shape[1]
     Z = np.zeros_like(Q)
-    guess = free
-    free = guess.copy() if guess is not None else _guess(H, Q) if m > _SMALL else Q > 0.0
+    free = Q > 0.0 if free is None else free.copy()
     rows = np.arange(len(Q))
     for _ in range(_ROUNDS):
         q, inside = Q[rows], free[rows]
@@ -66,73 +59,58 @@ def nonnegative_quadratics(H: Array, Q: Array, free: npt.NDArray[np.bool_] | Non
     return Z
 
 
-def complementary(C: Array, Q: Array, lengths: Array, pivot: float) -> tuple[Array, Array]:
-    """The same for cosines `C`, which may be singular, by a proximal point iteration, with the residual of each row.
+def complementary(C: Array, Q: Array, lengths: Array) -> tuple[Array, Array]:
+    """The same for cosines `C`, which may be singular, with the residual of each row.
 
-    The residual is the largest `|min(z, Cz - q)|`, divided by the sum of z and of the lengths that z is added to.
-
-    Args:
-        C: Cosines, `[m, m]`.
-        Q: `[r, m]`, in the range of `C` or such that the minimum exists.
-        lengths: `[r]`.
-        pivot: The least squared pivot of `C`.
+    The residual is the largest `|min(z, Cz - q)|`, divided by the sum of z and of the `lengths`, `[r]`, that z is added
+    to. Each row of `Q`, `[r, m]`, is in the range of `C` or such that the minimum exists.
     """
-    if pivot > _DEFINITE:
-        Z = nonnegative_quadratics(C, Q)
-        return Z, _residuals(C, Q, Z, lengths)
+
+    def residuals(Z: Array) -> Array:
+        unit = lengths + Z.sum(axis=1)
+        worst = np.abs(np.minimum(Z, Z @ C - Q)).max(axis=1)
+        found: Array = np.divide(worst, unit, out=np.zeros_like(unit), where=unit > 0.0)
+        return found
+
+    return _proximal(C, Q, residuals)
+
+
+def shortest(C: Array, d: Array) -> Array:
+    """Minimise ½zᵀCz - dᵀz over z >= 0, up to the length of z, which is infinite where the rows cancel."""
+    Z, _ = _proximal(C, d[None], lambda Z: np.array([kkt(C, d, Z[0])]))
+    z: Array = Z[0]
+    return z
+
+
+def kkt(C: Array, d: Array, z: Array) -> float:
+    """The residual of z, whatever its length."""
+    v = z / (z @ d)
+    x = C @ v
+    return float(np.maximum((v @ x) * d - x, 0.0).max() / v.sum())
+
+
+def _proximal(C: Array, Q: Array, residuals: Callable[[Array], Array]) -> tuple[Array, Array]:
+    """A proximal point iteration, as long as it halves one of the residuals."""
     H = ridged(C)
     Z = nonnegative_quadratics(H, Q)
-    residuals = _residuals(C, Q, Z, lengths)
+    found = residuals(Z)
     for _ in range(10):
-        if residuals.max() <= EPS:
+        if found.max() <= EPS:
             break
         closer = nonnegative_quadratics(H, Q + RIDGE * Z, Z > 0.0)
-        last, residuals = residuals, _residuals(C, Q, closer, lengths)
-        better = residuals < last
+        last, found = found, residuals(closer)
+        better = found < last
         Z[better] = closer[better]
-        residuals = np.where(better, residuals, last)
-        if (residuals > last / 2).all():
+        found = np.where(better, found, last)
+        if (found > last / 2).all():
             break
-    return Z, residuals
-
-
-def _residuals(C: Array, Q: Array, Z: Array, lengths: Array) -> Array:
-    unit = lengths + Z.sum(axis=1)
-    worst = np.abs(np.minimum(Z, Z @ C - Q)).max(axis=1)
-    ratio: Array = np.divide(worst, unit, out=np.zeros_like(unit), where=unit > 0.0)
-    return ratio
-
-
-def _guess(H: Array, Q: Array) -> npt.NDArray[np.bool_]:
-    """The entries that are free after 20 accelerated steps of projected gradient descent."""
-    rate = 1.0 / min(np.abs(H).sum(axis=1).max(), np.sqrt(np.square(H).sum()))
-    Z = ahead = np.zeros_like(Q)
-    for step in range(20):
-        last, Z = Z, np.maximum(ahead - rate * (ahead @ H - Q), 0.0)
-        ahead = Z + step / (step + 3) * (Z - last)
-    free: npt.NDArray[np.bool_] = Z > 0.0
-    return free
+    return Z, found
 
 
 def _restricted(H: Array, Q: Array, free: npt.NDArray[np.bool_]) -> Array:
     """Each row's unconstrained minimiser over its free entries, `[r, m]`; the others are zero."""
+    blocks = np.where(free[:, :, None] & free[:, None, :], H, 0.0)
     m = len(H)
-    count = free.sum(axis=1)
-    k = int(count.max())
-    if k == 0:
-        return np.zeros_like(Q)
-    if m <= _SMALL:
-        blocks = np.where(free[:, :, None] & free[:, None, :], H, 0.0)
-        blocks[:, range(m), range(m)] += ~free
-        z: Array = np.linalg.solve(blocks, np.where(free, Q, 0.0)[..., None])[..., 0]
-        return z
-    order = np.argsort(~free, axis=1, kind="stable")[:, :k]  # the free entries first, then padding
-    inside = np.arange(k) < count[:, None]
-    blocks = H[order[:, :, None], order[:, None, :]]
-    blocks *= inside[:, :, None]
-    blocks *= inside[:, None, :]
-    blocks[:, range(k), range(k)] += ~inside
-    q = np.take_along_axis(Q, order, axis=1) * inside
-    Z = np.zeros_like(Q)
-    np.put_along_axis(Z, order, np.linalg.solve(blocks, q[..., None])[..., 0], axis=1)
-    return Z
+    blocks[:, range(m), range(m)] += ~free
+    z: Array = np.linalg.solve(blocks, np.where(free, Q, 0.0)[..., None])[..., 0]
+    return z

@@ -1,6 +1,5 @@
 """What solvers read of a Gramian: the lengths of the rows and the cosines between them."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -14,45 +13,37 @@ Array: TypeAlias = npt.NDArray[np.float64]
 TOLERANCE = 1e-8  # the residual that every solver promises
 RIDGE = 1e-10  # large enough to dominate float64 noise (2e-16), small enough that one step already keeps the promise
 DEPENDENT = 1e-6
-"""Rows depend on each other where a combination of them is shorter than `√m` times so much of its coefficients.
+"""Rows depend on each other where a combination of them is shorter than `√m` times this share of its coefficients.
 
-What is left of it is the rounding of the rows then: of 3e-8 of their length where they are in float32, and of up to
-1e-6 where a network's backward has added them up in float32.
+What is left is then rounding of the rows: 3e-8 of their length in float32, and up to 1e-6 where a network's backward
+has added them up in float32.
 """
-NULL = DEPENDENT**2  # the same of eigenvalues of cosines, which are squared lengths; times m
-NONE = (
-    1e-5  # a coefficient, or a sum, that is nothing but the rounding of the rows: `DEPENDENT`, times what it grows by
-)
+NULL = DEPENDENT**2  # times m, the same for eigenvalues of cosines, which are squared lengths
+INDEPENDENT = 1e-6  # least squared pivot of cosines that are solved as they are: they have no eigenvalue near NULL
+NONE = 1e-5  # a coefficient or a sum this small is rounding of the rows: `DEPENDENT`, times what it grows by
 TINY = float(np.finfo(np.float64).tiny)
 EPS = float(np.finfo(np.float64).eps)
 
-_INDEPENDENT = 1e-3  # least pivot of cosines that are solved as they are: they have no eigenvalue near NULL
 _NOISE = 1e-2  # asymmetry or negative curvature that low-precision arithmetic may leave in a Gramian of unit rows
 
 
 class Solution(NamedTuple):
-    """Weights, with the shape of what was asked, and the residual that they reach: of many, the largest."""
+    """Weights, with the shape of what was asked, and their residual: for a stack, the largest."""
 
     weights: Array
     residual: float
 
 
 class Rows(NamedTuple):
-    """The rows of J, up to a rotation: their lengths, the cosines between them, and how far from dependent they are.
+    """The rows of J, up to a rotation: their lengths, their cosines, and how far they are from dependent.
 
-    `pivots` is the diagonal of the cosines' Cholesky factor, or zeros where rows depend on each other. A zero row has
-    length 0 and counts as orthogonal to all others. Of a stack of Gramians, everything has the stack's dimensions
-    before its own.
+    `pivot` is the least squared pivot of the cosines' Cholesky factor, or zero where rows depend on each other. A zero
+    row has length 0 and counts as orthogonal to all others.
     """
 
     norms: Array
     cosines: Array
-    pivots: npt.NDArray[np.floating]
-
-    @property
-    def pivot(self) -> float:
-        """The least squared pivot of one Gramian, near zero where rows depend on each other."""
-        return float(self.pivots.min()) ** 2
+    pivot: float
 
     @property
     def zero(self) -> npt.NDArray[np.bool_]:
@@ -61,142 +52,104 @@ class Rows(NamedTuple):
         return zero
 
     @property
-    def dependent(self) -> npt.NDArray[np.bool_]:
-        """Whether rows depend on each other, for each Gramian."""
-        dependent: npt.NDArray[np.bool_] = self.pivots.min(axis=-1) == 0.0
-        return dependent
-
-    @property
     def inverse(self) -> Array:
         """One over the length of each row, and 0 for a zero row."""
         return np.divide(1.0, self.norms, out=np.zeros_like(self.norms), where=self.norms > 0.0)
 
 
-def rows_of(gramian: Array, solver: str, stacks: bool = False) -> Rows:
-    """Checks a Gramian and takes it apart.
+def rows_of(gramian: Array, solver: str) -> Rows:
+    """Checks a Gramian, `[m, m]`, and takes it apart.
 
-    What is left where rows depend on each other, `DEPENDENT`, is taken away: the Gramian is replaced by the nearest one
-    of that rank, scaled to cosines again. So is a slightly indefinite Gramian, as float32 rounding leaves it.
-
-    Args:
-        gramian: `[m, m]`; with `stacks`, `[..., m, m]` as well. It is not changed.
-        solver: The name of the caller, for messages.
-        stacks: Whether it takes many Gramians at once.
+    Where rows depend on each other, or rounding has left the Gramian slightly indefinite, it is replaced by the nearest
+    one without what counts as rounding (`DEPENDENT`), scaled to cosines again.
 
     Raises:
         MTLWeightError: If the Gramian is not square, finite, symmetric and positive semidefinite.
     """
     G = np.asarray(gramian, dtype=np.float64)
-    m = G.shape[-1] if G.ndim == 2 or (G.ndim > 2 and stacks) else 0
-    if not G.size or G.shape[-2:] != (m, m):
-        many = ", or a stack of them [..., m, m]" if stacks else ""
+    if G.ndim != 2 or G.shape[0] != G.shape[1] or not G.size:
         raise MTLWeightError(
-            f"{solver} expected a square Gramian [m, m] with m >= 1{many}, but found shape {list(G.shape)}. Pass J @ "
-            "J.T."
+            f"{solver} expected a square Gramian [m, m] with m >= 1, but found shape {list(G.shape)}. Pass J @ J.T."
         )
-    if not all_finite(G):
+    if not np.isfinite(G).all():
         raise MTLWeightError(
             f"{solver} expected a finite Gramian, but found {np.count_nonzero(~np.isfinite(G))} entries that are inf "
             "or nan. Skip the step, or look for the loss that overflowed."
         )
-    squares = G.diagonal(0, -2, -1)
-    if squares.min() < TINY:
-        zero = squares < TINY
-        norms = np.sqrt(np.where(zero, 0.0, squares))
-        unit = np.where(zero, 1.0, norms)
-        absent = zero[..., None, :] | zero[..., None]
-        largest = np.abs(G, where=absent, out=np.zeros_like(G)).max(axis=(-2, -1))
-        # |G_ij| <= sqrt(G_ii G_jj), of which G_ii is tiny: that is below either the one or the other.
-        if (largest > np.maximum(_NOISE * squares.max(axis=-1), TINY / _NOISE)).any():
-            if G.ndim > 2:
-                return _each(G, solver)
-            raise MTLWeightError(
-                f"{solver} expected a symmetric positive semidefinite Gramian, but found entries up to {largest:.3g} "
-                f"beside a squared length of {squares.min():.3g}. Pass J @ J.T."
-            )
-        C = np.where(absent, np.eye(m), G / (unit[..., None, :] * unit[..., None]))
-    else:
-        norms = np.sqrt(squares)
-        C = G / (norms[..., None, :] * norms[..., None])
-    difference = C - C.swapaxes(-2, -1)
-    asymmetry = difference.max() if np.vdot(difference, difference) else 0.0
-    if asymmetry > 0.0:
-        C = (C + C.swapaxes(-2, -1)) / 2
-    lowest = 0.0
+    squares = G.diagonal()
+    zero = squares < TINY
+    absent = zero | zero[:, None]
+    largest = np.abs(G[absent]).max(initial=0.0)
+    # |G_ij| <= sqrt(G_ii G_jj), of which G_ii is tiny: that is below either the one or the other.
+    if largest > max(_NOISE * squares.max(), TINY / _NOISE):
+        raise MTLWeightError(
+            f"{solver} expected a symmetric positive semidefinite Gramian, but found entries up to {largest:.3g} "
+            f"beside a squared length of {squares.min():.3g}. Pass J @ J.T."
+        )
+    norms = np.sqrt(np.where(zero, 0.0, squares))
+    unit = np.where(zero, 1.0, norms)
+    C = np.where(absent, np.eye(len(G)), G / (unit * unit[:, None]))
+    asymmetry = (C - C.T).max()
+    C = (C + C.T) / 2
     try:
-        pivots = np.linalg.cholesky(ridged(C)).diagonal(0, -2, -1)
+        pivot = float(np.linalg.cholesky(ridged(C)).diagonal().min()) ** 2
     except np.linalg.LinAlgError:
-        if G.ndim > 2:
-            return _each(G, solver)
-        pivots = np.zeros(m)
-    near = pivots.min(axis=-1) < _INDEPENDENT
-    if near.any():
-        C, pivots = C.copy(), pivots.copy()
-        C[near], lowest, dependent = _mended(C[near])
-        pivots[near] = np.where(dependent[:, None], 0.0, pivots[near])
+        pivot = 0.0
+    lowest = 0.0
+    if pivot < INDEPENDENT:
+        C, lowest, dependent = _mended(C)
+        pivot = 0.0 if dependent else pivot
     if asymmetry > _NOISE or lowest < -_NOISE:
-        if G.ndim > 2:
-            return _each(G, solver)
         raise MTLWeightError(
             f"{solver} expected a symmetric positive semidefinite Gramian, but found, after scaling its rows to length "
             f"one, an asymmetry of {asymmetry:.3g} and a lowest eigenvalue of {lowest:.3g}. Pass J @ J.T."
         )
-    return Rows(norms, C, pivots)
+    return Rows(norms, C, pivot)
 
 
-def _mended(C: Array) -> tuple[Array, float, npt.NDArray[np.bool_]]:
-    """Cosines without what is but rounding, their lowest eigenvalue before that, and in which rows are dependent."""
+def _mended(C: Array) -> tuple[Array, float, bool]:
+    """Cosines without what is only rounding, their lowest eigenvalue before that, and whether rows are dependent."""
+    m = len(C)
     values, vectors = eigen(C)
-    lowest, m = values[:, :1], C.shape[-1]
-    kept = values > np.maximum(m * NULL, -2.0 * lowest)  # a negative one tells how much of the others is rounding
-    mended = (vectors * np.where(kept, values, 0.0)[:, None]) @ vectors.swapaxes(-2, -1)
-    lengths = np.sqrt(mended.diagonal(0, -2, -1))
-    mended /= lengths[:, None] * lengths[..., None]
-    # Where float64 itself leaves no more than that, it is as it should be: the last digits are not to be lost.
-    rounded = (~kept & (np.abs(values) > 1e-14 * m)).any(axis=-1)
-    return np.where(rounded[:, None, None], mended, C), float(lowest.min()), ~kept.all(axis=-1)
+    lowest = float(values[0])
+    kept = values > max(m * NULL, -2.0 * lowest)  # a negative one tells how much of the others is rounding
+    # What float64 itself leaves is not worth mending: that would lose the last digits.
+    if (np.abs(values[~kept]) > 1e-14 * m).any():
+        C = (vectors * np.where(kept, values, 0.0)) @ vectors.T
+        lengths = np.sqrt(C.diagonal())
+        C = C / (lengths * lengths[:, None])
+    return C, lowest, not kept.all()
 
 
-def _each(stack: Array, solver: str) -> Rows:
-    """One after the other, where all at once cannot tell which of them is to be mended or refused."""
-    found = [rows_of(stack[place], f"{solver}, at {list(place)},") for place in np.ndindex(stack.shape[:-2])]
-    parts = zip(*found, strict=True)
-    return Rows(*(np.stack(part).reshape(*stack.shape[:-2], *part[0].shape) for part in parts))
+def solve_each(gramian: Array, solver: str, solve: Callable[[Rows], Solution]) -> Solution:
+    """The solution for one Gramian, `[m, m]`, or for each of a stack of them, `[..., m, m]`."""
+    G = np.asarray(gramian, dtype=np.float64)
+    if G.ndim <= 2:
+        return solve(rows_of(G, solver))
+    if not G.size or G.shape[-2] != G.shape[-1]:
+        raise MTLWeightError(
+            f"{solver} expected a square Gramian [m, m] with m >= 1, or a stack of them [..., m, m], but found shape "
+            f"{list(G.shape)}. Pass J @ J.T."
+        )
+    found = [solve(rows_of(G[place], f"{solver}, at {list(place)},")) for place in np.ndindex(G.shape[:-2])]
+    weights = np.reshape([solution.weights for solution in found], G.shape[:-1])
+    return Solution(weights, max(solution.residual for solution in found))
 
 
-def all_finite(values: Array) -> bool:
-    """Whether no value is inf or nan. One sum of squares tells, unless it overflows."""
-    return math.isfinite(np.vdot(values, values)) or bool(np.isfinite(values).all())
-
-
-def ridged(C: Array, ridge: float = RIDGE) -> Array:
-    """`C` with `ridge` added to its diagonal."""
-    H = C.copy()
-    H.reshape(*C.shape[:-2], -1)[..., :: C.shape[-1] + 1] += ridge
-    return H
-
-
-def times(C: Array, y: Array) -> Array:
-    """The product of a matrix and a vector, or of each in a stack."""
-    return np.asarray((C @ y[..., None])[..., 0], dtype=np.float64)
+def ridged(C: Array) -> Array:
+    """`C` with `RIDGE` added to its diagonal."""
+    return C + RIDGE * np.eye(len(C))
 
 
 def solved(rows: Rows, ones: Array, dependent: Callable[[Array, Array], Array]) -> Array:
-    """`y` with `C y = ones`, in a stack of Gramians for each by itself; by `dependent` where rows depend on each other.
+    """`y` with `C y = ones`, where `ones` are 0 for zero rows.
 
-    Args:
-        rows: What is solved for.
-        ones: The right side, 0 for zero rows.
-        dependent: Answers cosines, `[k, m, m]`, and right sides, `[k, m]`, to which the answer may not be unique.
+    Where rows depend on each other there may be no solution, or many: `dependent` takes cosines and right side, and
+    decides.
     """
-    C = rows.cosines
-    sure = rows.pivots.min(axis=-1) > _INDEPENDENT
-    if sure.all():
-        return np.asarray(np.linalg.solve(C, ones[..., None])[..., 0], dtype=np.float64)
-    y = np.empty_like(ones)
-    y[sure] = np.linalg.solve(C[sure], ones[sure][..., None])[..., 0]
-    y[~sure] = dependent(C[~sure], ones[~sure])
-    return y
+    if rows.pivot < INDEPENDENT:
+        return dependent(rows.cosines, ones)
+    return np.asarray(np.linalg.solve(rows.cosines, ones), dtype=np.float64)
 
 
 def eigen(C: Array) -> tuple[Array, Array]:
@@ -206,11 +159,7 @@ def eigen(C: Array) -> tuple[Array, Array]:
 
 
 def promised(solver: str, residual: float, m: int) -> float:
-    """The residual, if it keeps the promise.
-
-    Raises:
-        SolverError: If it does not.
-    """
+    """The residual, if it keeps the promise. Raises `SolverError` if not."""
     if not residual <= TOLERANCE:
         raise SolverError(
             f"{solver} expected to reach a residual of {TOLERANCE:g}, but stopped at {residual:.3g} (m={m}). Check "

@@ -1,16 +1,11 @@
 """Projection on the probability simplex."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 
 def project_simplex(point: Tensor) -> Tensor:
     """The nearest point of ``{w >= 0, Σ w = 1}`` to ``point``, ``[m]``: ``w = max(point - τ, 0)`` for the right ``τ``.
-
-    Args:
-        point: ``[m]``, any finite numbers.
 
     >>> from mtlweight.solvers._simplex import project_simplex
     >>> project_simplex(torch.tensor([0.9, 0.5, -1.0]))

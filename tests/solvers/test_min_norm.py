@@ -180,40 +180,9 @@ def test_what_is_no_gramian_is_refused(gramian, message):
         min_norm(gramian)
 
 
-@given(small_jacobians(max_rows=2), st.sampled_from([-120, 0, 100]))
-@example(np.array([[1.0, 0.0], [1.0, 0.05]]), 0)
-@example(np.array([[1.0, 0.0], [-1.0, 0.05]]), 0)
-def test_two_gradients_that_are_solved_number_by_number_have_the_weights_of_the_general_way(J, exponent):
-    module = importlib.import_module("mtlweight.solvers._min_norm")
-    J = J * 10.0**exponent
-    found = min_norm(J @ J.T)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_two", lambda _: None)
-        expected = min_norm(J @ J.T)
-    assert np.abs(found.weights - expected.weights).max() <= 1e-10
-    assert found.residual <= expected.residual + 1e-15
-
-
-@pytest.mark.parametrize(
-    ("gramian", "alone"),
-    [
-        ([[2.0, 1.0], [1.0, 3.0]], True),
-        ([[2.0, 1.0], [1.1, 3.0]], False),
-        ([[1.0, 1.0], [1.0, 1.0]], False),
-        ([[1.0, 0.0], [0.0, 0.0]], False),
-        ([[1.0, np.nan], [np.nan, 1.0]], False),
-        ([[np.inf, 0.0], [0.0, 1.0]], False),
-        ([[1.0, 2.0], [2.0, 1.0]], False),
-    ],
-)
-def test_two_gradients_are_solved_number_by_number_only_where_nothing_is_to_be_checked(gramian, alone):
-    module = importlib.import_module("mtlweight.solvers._min_norm")
-    assert (module._two(np.array(gramian)) is not None) == alone
-
-
 def test_an_answer_above_the_residual_is_withheld(monkeypatch):
     module = importlib.import_module("mtlweight.solvers._min_norm")
-    monkeypatch.setattr(module, "proximal", lambda C, _: np.ones(len(C)))
+    monkeypatch.setattr(module, "shortest", lambda C, _: np.ones(len(C)))
     with pytest.raises(SolverError, match=r"stopped at 0\.\d+ \(m=3\)"):
         min_norm(np.diag([1.0, 4.0, 9.0]))
 
