@@ -35,7 +35,7 @@ from mtlweight import (
 )
 from mtlweight.engines import Processes
 from tests.distributed.training import SAMPLES, Run, Training, on_cpu
-from tests.optimizer.problems import Network
+from tests.problems import Network
 from tests.registry import CASES
 
 

@@ -26,7 +26,7 @@ from tests.distributed.cases import (
     parity,
 )
 from tests.distributed.training import Run, Training
-from tests.optimizer.problems import DEVICES, Problem, same, same_numbers, wrap
+from tests.problems import Problem, same, same_numbers, wrap
 
 ROOT = Path(__file__).parents[2]
 COUNTS = (2, 4)
@@ -89,7 +89,6 @@ def close(actual, expected):
 EVERY = [pytest.param(count, name, id=f"{name}-{count}") for count in COUNTS for name in parity(count)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("count", "name"), EVERY)
 def test_processes_take_the_steps_of_one_process_on_the_joined_batch(outcomes, count, name, device):
     expected = Training(parity(count)[name], count).train()

@@ -3,8 +3,8 @@
 import pytest
 from accelerate import Accelerator
 
-from tests.optimizer.problems import same
 from tests.optimizer.resumable import HALF, TRAININGS
+from tests.problems import same
 
 
 def prepared(trainings):

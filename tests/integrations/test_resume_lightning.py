@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 import pytest
 from torch.utils.data import DataLoader
 
-from tests.optimizer.problems import same
 from tests.optimizer.resumable import COMBINED, HALF, TRAININGS
+from tests.problems import same
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 NAMES = [*map(repr, COMBINED), *(name for name in TRAININGS if name.startswith("the graph"))]

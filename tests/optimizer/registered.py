@@ -7,9 +7,9 @@ import torch
 
 from mtlweight import MultiTaskOptimizer, Needs, weighting
 from mtlweight.testing._conformance import name_of, per_sample
-from tests.engines.zoo import close
-from tests.optimizer.problems import Problem
+from tests.problems import Problem
 from tests.registry import CASES
+from tests.zoo import close
 
 GRADIENTS = Needs.GRAMIAN | Needs.JACOBIAN
 ENGINES = ["rows", "batched", "samples", "forward", "pullback", "features"]

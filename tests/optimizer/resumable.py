@@ -41,7 +41,7 @@ from mtlweight import (
 )
 from mtlweight.causal import Balance, Decorrelation, Invariance, Sparsity, warmup
 from tests.causal.problems import Problem as CausalProblem
-from tests.optimizer.problems import Problem
+from tests.problems import Problem
 from tests.registry import CASES
 
 HALF = 3

@@ -29,7 +29,7 @@ from mtlweight import (
 )
 from mtlweight._statistics import Given
 from mtlweight._weighting import evaluate
-from tests.optimizer.problems import Problem, own, same, same_numbers, step
+from tests.problems import Problem, own, same, same_numbers, step
 from tests.registry import CASES
 
 every_weighting = pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.weighting))

@@ -19,8 +19,8 @@ from mtlweight import (
     UPGrad,
 )
 from mtlweight.testing._conformance import name_of
-from tests.optimizer.problems import Problem, same, step, wrap
 from tests.optimizer.registered import losses_of, tasks_of
+from tests.problems import Problem, same, step, wrap
 from tests.registry import CASES
 
 ON_GRADIENTS = [MGDA(), IMTLG(), PCGrad(), UPGrad()]

@@ -5,7 +5,7 @@ import warnings
 import pytest
 
 from mtlweight import CRMOGM, MGDA, PCD, ConFIG, Needs, SLGrad, UPGrad, ema
-from tests.optimizer.problems import Problem, own, step, wrap
+from tests.problems import Problem, own, step, wrap
 from tests.registry import CASES
 
 READ_GRAMIANS = list({repr(w): w for c in CASES if Needs.GRAMIAN in (w := c.weighting).needs}.values())

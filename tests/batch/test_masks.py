@@ -19,7 +19,7 @@ from mtlweight import (
     every,
     weighting,
 )
-from tests.optimizer.problems import Problem, own, poison, same, same_numbers, step, wrap
+from tests.problems import Problem, own, poison, same, same_numbers, step, wrap
 
 MASK = {"left": torch.tensor([1, 1, 0, 1, 0, 1]).bool(), "right": torch.tensor([0, 1, 0, 0, 0, 1]).bool()}
 

@@ -32,9 +32,8 @@ from mtlweight import (
     PCGrad,
     SLGrad,
 )
-from tests.engines.test_alignment import on_samples
-from tests.engines.zoo import Recipe, TwoTasks, close, numbers, problem
 from tests.registry import CASES
+from tests.zoo import Recipe, TwoTasks, close, numbers, on_samples, problem
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from mtlweight import (
     SLGrad,
     every,
 )
-from tests.optimizer.problems import DEVICES, Counting, Problem, own, same, same_numbers, step, wrap
+from tests.problems import Counting, Problem, own, same, same_numbers, step, wrap
 from tests.registry import CASES
 
 CUTS = (slice(0, 1), slice(1, 4), slice(4, 6))
@@ -131,7 +131,6 @@ def sized(p, k, size, cut):
     return {task: (outputs[task] - y[task][cut]).square() for task in p.tasks}
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_micro_batches_that_wait_leave_gradients_alone_and_hold_no_graph(device):
     p = Problem(device=device)
     p.model.unused = nn.Parameter(torch.ones(3, device=device, dtype=torch.float64))
