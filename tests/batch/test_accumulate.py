@@ -25,12 +25,12 @@ from mtlweight import (
     every,
 )
 from tests.problems import Counting, Problem, own, same, same_numbers, step, wrap
-from tests.registry import CASES
+from tests.registry import BY_READING
 
 CUTS = (slice(0, 1), slice(1, 4), slice(4, 6))
 MASK = {"1": torch.tensor([0, 1, 0, 1, 1, 0]).bool()}  # the first micro-batch has no label of the second task
-TOGETHER = [case for case in CASES if case.weighting.writes != "entry"]
-ENTRIES = [case.weighting for case in CASES if case.weighting.writes == "entry"]
+TOGETHER = [case for case in BY_READING if case.weighting.writes != "entry"]
+ENTRIES = [case.weighting for case in BY_READING if case.weighting.writes == "entry"]
 
 
 def part_of(p, k, cut):

@@ -80,15 +80,23 @@ def of_equal(network, losses, device):
     return jacobian(means, p.shared), jacobian(means, p.heads)
 
 
-@networks
-@engines
-@pytest.mark.parametrize("form", FORMS)
-def test_jacobian_and_gramian_are_those_of_one_backward_a_task(network, engine, form, device):
+def has_the_rows_of_ordinary_backwards(network, engine, form, device):
     p = problem(NETWORKS[network], device=device)
     view = Reader().read(p, lambda: FORMS[form](p.task_losses), engine=engine)
     expected, _ = of_equal(network, "task_losses", device)
-    assert close(view["JACOBIAN"], expected)
-    assert close(view["GRAMIAN"], expected @ expected.T)
+    return close(view["JACOBIAN"], expected) and close(view["GRAMIAN"], expected @ expected.T)
+
+
+@networks
+@engines
+def test_jacobian_and_gramian_are_those_of_one_backward_a_task(network, engine, device):
+    assert has_the_rows_of_ordinary_backwards(network, engine, "callable", device)
+
+
+@engines
+@pytest.mark.parametrize("form", ["mapping", "tensor"])
+def test_jacobian_and_gramian_of_computed_losses_are_the_same(form, engine, device):
+    assert has_the_rows_of_ordinary_backwards("convolutions and BatchNorm", engine, form, device)
 
 
 @networks

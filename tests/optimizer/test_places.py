@@ -29,11 +29,11 @@ from mtlweight import (
 )
 from mtlweight._statistics import Given
 from mtlweight._weighting import evaluate
+from tests.optimizer.registered import every_weighting
 from tests.problems import Problem, own, same, same_numbers, step
-from tests.registry import CASES
+from tests.registry import BY_READING
 
-every_weighting = pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.weighting))
-TOGETHER = [case for case in CASES if case.weighting.writes != "entry" and min(case.tasks) <= 3]
+TOGETHER = [case for case in BY_READING if case.weighting.writes != "entry" and min(case.tasks) <= 3]
 
 
 def tasks_of(case):
@@ -266,7 +266,7 @@ def test_a_random_order_of_others_is_the_same_whoever_is_absent(each, seed, m, d
     ("case", "way"),
     [
         pytest.param(case, way, id=f"{case.weighting!r}-{way}")
-        for case in CASES
+        for case in BY_READING
         for way in ("whole", "parts")
         if way == "whole" or case.weighting.writes != "entry"  # weights per entry need the whole batch
     ],
