@@ -623,9 +623,9 @@ def thirds(outputs):
     return torch.stack([part.square().mean() for part in outputs.chunk(3, dim=-1)])
 
 
-def measured(model, losses):
-    """The Gramian, and the gradients that the backward of a step wrote."""
-    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model)
+def measured(model, losses, **options):
+    """The report of a step, and the gradients that its backward wrote."""
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model, **options)
     optimizer.zero_grad()
     optimizer.combine(losses).backward()
     optimizer.step()
@@ -680,7 +680,8 @@ def test_a_backward_may_run_twice_where_its_graph_is_kept():
     assert close(written(model.parameters()), 2 * once)
 
 
-def test_sparse_gradients_at_the_output_are_made_dense():
+@pytest.mark.parametrize("engine", ["rows", "features"])
+def test_sparse_gradients_at_the_output_are_made_dense(engine):
     model = torch.nn.Linear(WIDTH, WIDTH, bias=False).double()
     places = torch.tensor([[0, 5, 5], [1, 2, 0], [3, 3, 3], [4, 0, 1]])
 
@@ -688,7 +689,9 @@ def test_sparse_gradients_at_the_output_are_made_dense():
         y = model(BATCH)
         return {"a": torch.gather(y, 1, places, sparse_grad=sparse).square().sum(), "b": y.sin().mean()}
 
-    (found, gradient), (expected, right) = measured(model, losses(True)), measured(model, losses(False))
+    (found, gradient), (expected, right) = (
+        measured(model, lambda sparse=sparse: losses(sparse), engine=engine) for sparse in (True, False)
+    )
     assert close(found.gramian, expected.gramian)
     assert close(gradient, right)
 
