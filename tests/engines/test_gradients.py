@@ -5,8 +5,6 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import mtlweight
 from mtlweight import (
@@ -22,7 +20,6 @@ from mtlweight import (
 )
 from mtlweight._statistics import FEW, all_finite, gramian_of
 from mtlweight.engines import _rows
-from mtlweight.engines._graph import Backward, leaves_of_each
 from tests.benchmarks._measure import MIB, peak_memory
 from tests.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem, written
 
@@ -456,22 +453,6 @@ def test_a_gradient_that_is_changed_in_place_changes_no_other(engine, heads):
         model.first.grad.mul_(0.5)
         assert torch.equal(model.second.grad, before)
         model.second.grad.mul_(0.5)
-
-
-@given(st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=6), st.booleans())
-def test_the_leaves_of_each_output_are_found_in_one_walk(uses, chained):
-    """Outputs of some of six parameters each, or of the output before them as well."""
-    parameters = [torch.ones((), requires_grad=True) for _ in range(6)]
-    outputs, reached = [], []
-    for use in uses:
-        before, known = (outputs[-1], reached[-1]) if chained and outputs else (0.0, set())
-        outputs.append(sum(parameters[k].exp() for k in use) + before)
-        reached.append({id(parameters[k]) for k in use} | known)
-    found = leaves_of_each([*outputs, parameters[0]])
-    assert found[-1] == {id(parameters[0])}
-    for t, mine in enumerate(reached):
-        assert {id(leaf) for leaf in Backward([outputs[t]]).leaves} == mine
-        assert mine <= found[t] <= set().union(*reached[: t + 1])
 
 
 @pytest.mark.parametrize("numbers", [1, FEW, FEW + 1])
