@@ -249,3 +249,12 @@ CASES = [
     Case(clip(MoDo(), low=0.1)),
     Case(normalize(SLGrad("0") >> Constant(-1.0))),
 ]
+
+
+def _kind(each):
+    name = repr(each) if hasattr(each, "parts") else type(each).__name__
+    return name, each.needs, each.reference
+
+
+BY_READING = list({_kind(case.weighting): case for case in reversed(CASES)}.values())[::-1]
+"""Each weighting once for each thing that it reads: what an optimizer sees of the rows."""

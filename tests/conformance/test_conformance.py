@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import mtlweight
+from mtlweight import View
 from mtlweight._checkpoint import signature
 from mtlweight._statistics import Given
-from mtlweight._view import View
 from mtlweight._weighting import evaluate
 from mtlweight.testing import parametrize_with_checks
 from tests.registry import CASES

@@ -35,8 +35,8 @@ from mtlweight import (
 )
 from mtlweight.distributed.processes import Processes
 from tests.distributed.training import SAMPLES, Run, Training, on_cpu
-from tests.optimizer.problems import Network
-from tests.registry import CASES
+from tests.problems import Network
+from tests.registry import BY_READING
 
 
 def small(losses, *_):
@@ -88,12 +88,7 @@ def options():
 
 def parity(count):
     """What is to be the same in one process and in several: each weighting, once for each thing that it reads."""
-    by_reading = {}
-    for case in CASES:
-        w = case.weighting
-        name = repr(w) if hasattr(w, "parts") else type(w).__name__
-        by_reading.setdefault((name, w.needs, w.reference), Run(w, 3 if 3 in case.tasks else case.tasks[0]))
-    found = {repr(run.weighting): run for run in by_reading.values()}
+    found = {repr(case.weighting): Run(case.weighting, 3 if 3 in case.tasks else case.tasks[0]) for case in BY_READING}
     if count > 2:  # every weighting with two processes, every level with more
         levels = (UW(), FAMO(), RLW(), MGDA(), PCGrad(), NashMTL(), GradDrop(), SLGrad("0"), L2RW())
         return {**{repr(w): found[repr(w)] for w in levels}, **dict(variants())}
@@ -105,13 +100,19 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(on_cpu(a).values(), on_cpu(b).values(), strict=True))
 
 
-SCENARIOS = {}
+SCENARIOS, OF_TWO = {}, set()
 
 
 def scenario(function):
     """A function of ``count``, ``rank`` and ``device``, run in each process; what it returns is sent back."""
     SCENARIOS[function.__name__] = function
     return function
+
+
+def of_two(function):
+    """One for two processes alone: nothing in it depends on how many there are."""
+    OF_TWO.add(function.__name__)
+    return scenario(function)
 
 
 def message(work):
@@ -172,7 +173,7 @@ def spoilt_and_raised(count, rank, device):
     return before, message(lambda: training.step(1)), training.everything(), training.train(steps=1, start=2)
 
 
-@scenario
+@of_two
 def singular(count, rank, device):
     runs = {name: run for name, run in SPOILT.items() if "SLGrad" not in name}
     return {name: Singular(run, count, rank, device=device).train() for name, run in runs.items()}
@@ -209,7 +210,7 @@ SEARCHED = {
 }
 
 
-@scenario
+@of_two
 def line_searches(count, rank, device):
     return {name: Searching(run, count, rank, device=device).train(steps=2) for name, run in SEARCHED.items()}
 
@@ -311,7 +312,7 @@ class Unlabelled(Training):
 UNLABELLED = {repr(w): Run(w, steps=3) for w in (Constant([1.0, 2.0, 3.0]), UW(), RLW(), MGDA(), SLGrad("0"))}
 
 
-@scenario
+@of_two
 def unlabelled(count, rank, device):
     return {name: Unlabelled(run, count, rank, device=device).train() for name, run in UNLABELLED.items()}
 
@@ -328,7 +329,7 @@ def seeded_by_torch(count, rank, device):
     return found, message(lambda: given.combine(0))
 
 
-@scenario
+@of_two
 def not_averaged(count, rank, device):
     training = Training(Run(UW()), count, rank, device=device, averaged=False)
     before = on_cpu(training.model.state_dict())
@@ -339,7 +340,7 @@ def not_averaged(count, rank, device):
 ALONE = Run(SLGrad("0") >> MGDA(), options={"process_group": None})
 
 
-@scenario
+@of_two
 def each_by_itself(count, rank, device):
     return Training(ALONE, count, rank, device=device, averaged=False).train()
 
@@ -355,7 +356,7 @@ def a_group_of_some(count, rank, device):
     return training.train(), copied._record.settings.processes.group is mine, refused
 
 
-@scenario
+@of_two
 def checkpoints(count, rank, device):
     """Four steps; and two, a checkpoint of the first process that all load, and two more."""
     found = {}
@@ -378,7 +379,7 @@ def checkpoints(count, rank, device):
     return found
 
 
-@scenario
+@of_two
 def copies(count, rank, device):
     """An optimizer that is copied or pickled goes on to exchange, if it finds its group."""
     training = Training(Run(MGDA()), count, rank, device=device)
@@ -403,7 +404,7 @@ def a_penalty_fails(count, rank, device):
     return Training(run, count, rank, device=device).train()
 
 
-@scenario
+@of_two
 def recorded(count, rank, device):
     """What each process remembers of its own samples."""
     training, record = Training(Run(SLGrad("0")), count, rank, device=device), SampleWeights()
@@ -413,7 +414,7 @@ def recorded(count, rank, device):
     return record.table()
 
 
-@scenario
+@of_two
 def recorded_and_merged(count, rank, device):
     """What all processes remember, in each of them; none of the samples is in one process all the time."""
     training, record = Training(Run(SLGrad("0")), count, rank, device=device), SampleWeights()
@@ -473,7 +474,7 @@ def sent(count, rank, device):
     return found
 
 
-@scenario
+@of_two
 def options_of_ddp(count, rank, device):
     """Buckets that gradients are views of; and static graphs, whose first gradients are averaged out of turn."""
     views = [Training(Run(w), count, rank, device=device, gradient_as_bucket_view=True) for w in (UW(), MGDA())]
@@ -508,7 +509,7 @@ SHARDED = {
 }
 
 
-@scenario
+@of_two
 def sharded(count, rank, device):
     found = {}
     for name, run in SHARDED.items():
@@ -519,7 +520,7 @@ def sharded(count, rank, device):
     return found
 
 
-@scenario
+@of_two
 def sharded_and_refused(count, rank, device):
     found = {}
     weightings = (MGDA(), GradDrop(), SLGrad("0"), L2RW(), SLGrad("0", replay="official"))
@@ -532,7 +533,7 @@ def sharded_and_refused(count, rank, device):
     return found
 
 
-@scenario
+@of_two
 def flattened(_count, _rank, device):
     """FSDP1, whose parameters are flat, or pieces of flat ones."""
     found = {}
@@ -563,7 +564,7 @@ def flattened(_count, _rank, device):
     return found
 
 
-@scenario
+@of_two
 def sharded_and_not_finite(count, rank, device):
     """A bad loss, then a gradient that is bad in one process's piece alone."""
     run = Run(UW(), options={"on_nonfinite": "skip"})
@@ -595,7 +596,7 @@ class Redundant(Training):
         return ZeroRedundancyOptimizer(self.model.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9)
 
 
-@scenario
+@of_two
 def redundant(count, rank, device):
     found = {}
     for weighting in (UW(), MGDA(), SLGrad("0")):

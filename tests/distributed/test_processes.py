@@ -1,6 +1,7 @@
 """Several processes under DistributedDataParallel take the steps of one process on the joined batch."""
 
 import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -26,10 +27,12 @@ from tests.distributed.cases import (
     parity,
 )
 from tests.distributed.training import Run, Training
-from tests.optimizer.problems import DEVICES, Problem, same, same_numbers, wrap
+from tests.problems import Problem, same, same_numbers, wrap
 
 ROOT = Path(__file__).parents[2]
 COUNTS = (2, 4)
+of_any_number = pytest.mark.parametrize("count", COUNTS)
+of_two = pytest.mark.parametrize("count", [2])
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +92,6 @@ def close(actual, expected):
 EVERY = [pytest.param(count, name, id=f"{name}-{count}") for count in COUNTS for name in parity(count)]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("count", "name"), EVERY)
 def test_processes_take_the_steps_of_one_process_on_the_joined_batch(outcomes, count, name, device):
     expected = Training(parity(count)[name], count).train()
@@ -97,7 +99,7 @@ def test_processes_take_the_steps_of_one_process_on_the_joined_batch(outcomes, c
         close(found, expected)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_any_number
 def test_all_processes_have_the_same_bits(outcomes, count):
     for name in parity(count):
         first, *others = outcomes(count, name)
@@ -105,14 +107,14 @@ def test_all_processes_have_the_same_bits(outcomes, count):
             assert same(first, other), name
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_a_line_search_evaluates_as_often_and_finds_the_same_in_every_process(outcomes, count):
     first, *others = outcomes(count, "line_searches")
     assert all(len(values) > 2 for run in first.values() for values in run["values"])
     assert all(same(first, other) for other in others)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_any_number
 @pytest.mark.parametrize("name", SPOILT, ids=str)
 def test_a_loss_that_is_not_finite_in_one_process_is_skipped_or_dropped_in_all(outcomes, count, name):
     expected = Spoilt(SPOILT[name], count).train()
@@ -122,7 +124,7 @@ def test_a_loss_that_is_not_finite_in_one_process_is_skipped_or_dropped_in_all(o
         close(found[name], expected)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_any_number
 def test_a_loss_that_is_not_finite_in_one_process_raises_in_all_and_changes_nothing(outcomes, count):
     single = Spoilt(Run(SPOILT["drop: MGDA()"].weighting), count)
     single.train(steps=1)
@@ -133,7 +135,7 @@ def test_a_loss_that_is_not_finite_in_one_process_raises_in_all_and_changes_noth
         close(then, expected)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 @pytest.mark.parametrize("name", [name for name in SPOILT if "SLGrad" not in name], ids=str)
 def test_a_gradient_that_is_not_finite_in_one_process_is_judged_the_same_in_all(outcomes, count, name):
     expected = Singular(SPOILT[name], count).train()
@@ -142,7 +144,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_judged_the_same_in_all(
         close(found[name], expected)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_any_number
 def test_a_penalty_that_is_not_finite_in_one_process_skips_the_step_in_all(outcomes, count):
     first, *others = outcomes(count, "a_penalty_fails")
     assert (first["skipped"], first["step"]) == (1, 1)
@@ -150,15 +152,17 @@ def test_a_penalty_that_is_not_finite_in_one_process_skips_the_step_in_all(outco
         assert same(other, first)
 
 
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["all_absent", "accumulated", "recorded_and_merged", "line_searches"])
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [*itertools.product(COUNTS, ["all_absent", "accumulated"]), (2, "line_searches"), (2, "recorded_and_merged")],
+)
 def test_processes_do_what_one_process_does(outcomes, count, name):
     expected = SCENARIOS[name](count, None, "cpu")
     for found in outcomes(count, name):
         close(found, expected)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_any_number
 def test_an_error_in_one_process_raises_in_all_and_the_next_step_is_as_if_it_had_not_been(outcomes, count):
     *others, last = outcomes(count, "one_fails")
     for part, (heard, unchanged, then) in last.items():
@@ -174,7 +178,7 @@ def test_an_error_in_one_process_raises_in_all_and_the_next_step_is_as_if_it_had
     assert all("found RuntimeError: out of order" in other["losses"][0] for other in others)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_any_number
 def test_calls_that_differ_between_processes_raise_in_all(outcomes, count):
     for found in outcomes(count, "unlike"):
         assert "all scalars or all [b]; found both" in found["kinds"]
@@ -183,7 +187,7 @@ def test_calls_that_differ_between_processes_raise_in_all(outcomes, count):
         assert "expected the same seed in all of them, found 0, 1" in found["seeds"]
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_any_number
 @pytest.mark.parametrize("name", TURNED)
 def test_a_task_has_the_same_place_in_all_processes_whatever_the_order_of_their_mappings(outcomes, count, name):
     expected = Turned(TURNED[name], count).train()
@@ -194,7 +198,7 @@ def test_a_task_has_the_same_place_in_all_processes_whatever_the_order_of_their_
         assert same(other, first)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 @pytest.mark.parametrize("name", UNLABELLED)
 def test_a_row_without_any_label_at_first_has_its_place_in_all_processes(outcomes, count, name):
     expected = Unlabelled(UNLABELLED[name], count).train()
@@ -202,7 +206,7 @@ def test_a_row_without_any_label_at_first_has_its_place_in_all_processes(outcome
         close(found[name], expected)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_any_number
 def test_where_no_seed_is_given_that_of_the_first_process_is_taken(outcomes, count):
     with torch.random.fork_rng(devices=[]):
         expected, _ = SCENARIOS["seeded_by_torch"](count, None, "cpu")
@@ -211,20 +215,20 @@ def test_where_no_seed_is_given_that_of_the_first_process_is_taken(outcomes, cou
         assert "expected the same seed in all of them, found None, 3" in heard
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_gradients_that_nobody_averages_raise_before_the_first_step(outcomes, count):
     for heard, unchanged in outcomes(count, "not_averaged"):
         assert "Wrap the model in DistributedDataParallel" in heard
         assert unchanged
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_without_a_group_each_process_weighs_its_own_batch(outcomes, count):
     for rank, found in enumerate(outcomes(count, "each_by_itself")):
         close(found, Training(ALONE, count, rank, averaged=False).train())
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_any_number
 def test_a_group_of_some_processes_is_as_many_processes(outcomes, count):
     expected = Training(Run(MGDA()), 2).train()
     for found, copied, refused in outcomes(count, "a_group_of_some"):
@@ -233,7 +237,7 @@ def test_a_group_of_some_processes_is_as_many_processes(outcomes, count):
         assert count == 2 or "process_group to be a torch.distributed.ProcessGroup that this process is in" in refused
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_a_checkpoint_of_one_process_goes_on_in_all_and_must_be_loaded_in_all(outcomes, count):
     for found in outcomes(count, "checkpoints"):
         for whole, heard, resumed in found.values():
@@ -241,20 +245,20 @@ def test_a_checkpoint_of_one_process_goes_on_in_all_and_must_be_loaded_in_all(ou
             assert "expected the same step in all of them, found 2, 0" in heard
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_a_copied_or_pickled_optimizer_keeps_its_group_or_says_that_it_is_gone(outcomes, count):
     for copied, gone in outcomes(count, "copies"):
         assert copied
         assert "expected one named 'no such' here, found none" in gone
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_each_process_records_the_weights_of_its_own_samples(outcomes, count):
     rows = [row for found in outcomes(count, "recorded") for row in found]
     close(sorted(rows, key=lambda row: (row["task"], row["index"])), SCENARIOS["recorded"](count, None, "cpu"))
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_any_number
 @pytest.mark.parametrize("level", communication.LEVELS)
 def test_as_much_is_sent_as_the_table_in_the_docs_says(outcomes, count, level):
     for found in outcomes(count, "sent"):
@@ -265,7 +269,7 @@ def test_as_much_is_sent_as_the_table_in_the_docs_says(outcomes, count, level):
             assert said <= actual <= said + 8 * flags
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_bucket_views_and_static_graphs_work_or_raise(outcomes, count):
     expected = [Training(Run(weighting), count).train() for weighting in (UW(), MGDA())]
     for found, heard in outcomes(count, "options_of_ddp"):
@@ -273,7 +277,7 @@ def test_bucket_views_and_static_graphs_work_or_raise(outcomes, count):
         assert "without static_graph=True where gradients are measured" in heard
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 @pytest.mark.parametrize("name", SHARDED)
 def test_parameters_sharded_by_fully_shard_are_those_of_one_process(outcomes, count, name):
     expected = Training(SHARDED[name], count).train()["parameters"]
@@ -281,7 +285,7 @@ def test_parameters_sharded_by_fully_shard_are_those_of_one_process(outcomes, co
         close(found[name], expected)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_what_cannot_be_measured_of_sharded_parameters_raises_before_anything_has_changed(outcomes, count):
     for found in outcomes(count, "sharded_and_refused"):
         for name, (heard, unchanged) in found.items():
@@ -289,7 +293,7 @@ def test_what_cannot_be_measured_of_sharded_parameters_raises_before_anything_ha
             assert unchanged, name
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_fsdp1_is_named_where_gradients_are_read_or_processes_count_as_one(outcomes, count):
     for found in outcomes(count, "flattened"):
         for name, (heard, *alone) in found.items():
@@ -297,7 +301,7 @@ def test_fsdp1_is_named_where_gradients_are_read_or_processes_count_as_one(outco
             assert all(text is None for text in alone), (name, alone)
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_a_piece_of_a_gradient_that_is_not_finite_skips_the_step_in_all_processes(outcomes, count):
     for before, after_loss, after_gradient, skipped, then in outcomes(count, "sharded_and_not_finite"):
         assert same(after_loss, before)
@@ -307,7 +311,7 @@ def test_a_piece_of_a_gradient_that_is_not_finite_skips_the_step_in_all_processe
         assert all(p.isfinite().all() for p in then.values())
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@of_two
 def test_an_optimizer_with_sharded_state_takes_the_same_steps_and_does_not_look_ahead(outcomes, count):
     for found, heard in outcomes(count, "redundant"):
         for name, parameters in found.items():

@@ -7,7 +7,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from mtlweight import MultiTaskOptimizer, Needs, Weighting
-from tests.optimizer.problems import Network
+from tests.problems import Network
 
 SAMPLES = 8
 HELD_OUT = 4

@@ -5,21 +5,37 @@ import torch
 
 import mtlweight
 from mtlweight import MTLWeightError, MultiTaskOptimizer, Needs, SLGrad
-from tests.engines.zoo import NETWORKS, SEED, TwoTasks, alignment, close, gradient, jacobian, problem
+from tests.zoo import (
+    NETWORKS,
+    SEED,
+    TwoTasks,
+    alignment,
+    close,
+    combined,
+    gradient,
+    jacobian,
+    on_samples,
+    optimizer_for,
+    oracle,
+    problem,
+    scope_of,
+    written,
+)
 
 # Some operators' backward has no batching rule: torch loops over it and says so, once in a process.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet:UserWarning")
 
 ENGINES = ("forward", "pullback", "samples", "rows")
-FORMS = {
-    "mapping": lambda losses: losses(),
-    "tensor": lambda losses: torch.stack([*losses().values()]),
-    "callable": lambda losses: losses,
-}
 # Flash attention has no second derivative on the CPU; the forward engine runs its math kernel. Tested under fallbacks.
 NO_PULLBACK = ("attention", "scaled dot product", "transformer layer with dropout")
 
-networks = pytest.mark.parametrize("network", NETWORKS)
+
+def on_networks(*engines):
+    """Each network on each of the engines that can measure it."""
+    pairs = [(n, e) for n in NETWORKS for e in engines if not (e == "pullback" and n in NO_PULLBACK)]
+    return pytest.mark.parametrize(("network", "engine"), pairs)
+
+
 engines = pytest.mark.parametrize("engine", ENGINES)
 
 
@@ -28,48 +44,11 @@ def on_tasks(view):
     return torch.full_like(view.alignment, 0.5)
 
 
-@mtlweight.weighting(Needs.ALIGNMENT | Needs.SAMPLES, writes="sample")
-def on_samples(view):
-    a = view.sample_alignment
-    return torch.linspace(-1, 1, a.numel(), dtype=a.dtype, device=a.device).reshape(a.shape)
-
-
-def optimizer_for(p, weighting, **options):
-    parameters = torch.optim.SGD(p.model.parameters(), lr=0.0)
-    return MultiTaskOptimizer(parameters, weighting, **{"shared": p.model.encoder, "model": p.model, **options})
-
-
-def combined(p, optimizer, losses, form="callable", main=None):
-    """The report of one step. Reference first, then losses, so that dropout draws the masks of the oracle's."""
-    torch.manual_seed(SEED)
-    reference = p.reference if form == "callable" else p.reference()
-    optimizer.combine(FORMS[form](losses), reference=reference if main is None else {main: reference}).backward()
-    optimizer.step()
-    return optimizer.report
-
-
-def oracle(p, losses, parameters=None):
-    torch.manual_seed(SEED)
-    reference = p.reference()
-    return alignment(getattr(p, losses)(), reference, p.shared if parameters is None else parameters)
-
-
-def written(parameters):
-    return torch.cat([torch.zeros_like(q).flatten() if q.grad is None else q.grad.flatten() for q in parameters])
-
-
-def skip_where_pullback_cannot(network, engine):
-    if engine == "pullback" and network in NO_PULLBACK:
-        pytest.skip("flash attention has no second derivative: see test_fallbacks.py")
-
-
-@networks
-@engines
+@on_networks(*ENGINES)
 @pytest.mark.parametrize(
     ("losses", "weighting"), [("task_losses", on_tasks), ("sample_losses", on_samples)], ids=["[m]", "[m, b]"]
 )
 def test_alignment_is_that_of_one_backward_a_loss(network, engine, losses, weighting, device):
-    skip_where_pullback_cannot(network, engine)
     p, other = (problem(NETWORKS[network], device=device) for _ in range(2))
     report = combined(p, optimizer_for(p, weighting, engine=engine), getattr(p, losses))
     assert report.engine == engine
@@ -77,10 +56,8 @@ def test_alignment_is_that_of_one_backward_a_loss(network, engine, losses, weigh
     assert close(report.alignment, oracle(other, losses))
 
 
-@networks
-@engines
+@on_networks(*ENGINES)
 def test_backward_writes_the_gradient_of_the_weighted_losses(network, engine, device):
-    skip_where_pullback_cannot(network, engine)
     p, other = (problem(NETWORKS[network], device=device) for _ in range(2))
     weights = combined(p, optimizer_for(p, on_samples, engine=engine), p.sample_losses).weights
     torch.manual_seed(SEED)
@@ -90,11 +67,10 @@ def test_backward_writes_the_gradient_of_the_weighted_losses(network, engine, de
     assert close(written(p.heads), written(other.heads))
 
 
-@networks
+@pytest.mark.parametrize("network", ["convolutions and BatchNorm", "dropout", "tied parameters"])
 @pytest.mark.parametrize("engine", ["pullback", "samples", "rows"])
 @pytest.mark.parametrize("form", ["mapping", "tensor"])
 def test_computed_losses_give_the_same_alignment(network, engine, form):
-    skip_where_pullback_cannot(network, engine)
     p, other = problem(NETWORKS[network]), problem(NETWORKS[network])
     report = combined(p, optimizer_for(p, on_samples, engine=engine), p.sample_losses, form)
     assert close(report.alignment, oracle(other, "sample_losses"))
@@ -128,11 +104,6 @@ class Entangled(TwoTasks):
         outputs = super().decode(represented)
         seen = outputs["left"] + outputs["right"][:, :1]
         return {**outputs, "left": seen} if self.held_out else outputs
-
-
-def scope_of(p, scope):
-    left = dict.fromkeys([*p.shared, *p.model.heads["left"].parameters()])
-    return {"shared": p.shared, "main": [*left], "all": [*p.model.parameters()]}[scope]
 
 
 @engines
@@ -275,3 +246,82 @@ def test_forward_swaps_the_parameters_for_the_call_alone(network):
     combined(p, optimizer_for(p, on_samples, engine="forward"), p.sample_losses)
     assert [id(q) for q in p.model.parameters()] == ids
     assert all(torch.equal(before[name], p.model.state_dict()[name]) for name in names)
+
+
+# However the model uses its weights and its data.
+
+
+class Along(torch.nn.Module):
+    """Two layers, two tasks and a reference; the first layer's weight may be used in another way as well."""
+
+    def __init__(self, use=None):
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.layers, self.use = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(2))).double(), use
+        self.x, self.held_out = torch.randn(2, 5, 8, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.layers[1](self.layers[0](x).tanh())
+
+    def losses(self):
+        outputs = self(self.x)
+        extra = self.use(self.layers[0], self.x) if self.use is not None else 0
+        return {"a": outputs.square().mean(dim=1) + extra, "b": outputs.sin().mean(dim=1) + extra}
+
+    def reference(self):
+        return self(self.held_out).square().mean()
+
+    def report(self, reference=None, steps=1):
+        optimizer = MultiTaskOptimizer(torch.optim.SGD(self.parameters(), lr=0.0), SLGrad("a"), shared=self.layers)
+        for _ in range(steps):
+            optimizer.combine(self.losses, reference=reference or self.reference).backward()
+            optimizer.step()
+        return optimizer.report
+
+
+def out_of_sight(layer, x):
+    with torch._C.DisableTorchFunction():
+        return (x @ layer.weight.t()).sum(dim=1)
+
+
+@torch.no_grad()
+def no_grad(layer, x):
+    return layer(x).sum(dim=1) + layer.weight.sin().sum()
+
+
+USES = {
+    "its norm": lambda layer, _: layer.weight.square().sum(),
+    "in a list": lambda layer, _: torch.stack([layer.weight, layer.weight.sin()]).sum(),
+    "as a product": lambda layer, x: (x @ layer.weight.t()).sum(dim=1),
+    "by an attribute": lambda layer, _: (layer.weight @ layer.weight.T - torch.eye(8)).square().sum(),
+    "by name": lambda layer, x: torch.nn.functional.linear(input=x, weight=layer.weight).sum(dim=1),
+    "as data": lambda layer, _: torch.nn.functional.linear(layer.weight, layer.weight).sum(),
+    "in a second call": lambda layer, x: layer(x.sin()).sum(dim=1),
+    "without a gradient": lambda layer, x: (layer(x) * layer.weight.sum()).detach().sum(dim=1) * layer.bias.sum(),
+    "under no_grad, then with": lambda layer, x: no_grad(layer, x) * layer.weight.square().sum(),
+    "under vmap": lambda layer, x: torch.func.vmap(layer)(x).sum(dim=1),
+    "out of sight": out_of_sight,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_weight_may_be_used_in_any_other_way_as_well(use):
+    model = Along(USES[use])
+    report = model.report()
+    assert report.engine == "forward"
+    assert close(report.alignment, alignment(model.losses(), model.reference(), list(model.layers.parameters())))
+
+
+def test_a_buffer_that_every_batch_is_copied_to_may_hold_the_data_of_the_reference():
+    model = Along()
+    expected, (x, held_out), buffer = model.report().alignment, (model.x, model.held_out), torch.zeros(5, 8).double()
+
+    def enters(batch, then):
+        model.x = model.held_out = buffer.copy_(batch)
+        return then()
+
+    losses, reference = model.losses, model.reference
+    model.losses = lambda: enters(x, losses)
+    report = model.report(lambda: enters(held_out, reference))
+    assert report.engine == "forward"
+    assert close(report.alignment, expected)

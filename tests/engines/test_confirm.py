@@ -14,7 +14,7 @@ from torch.nn import functional
 import mtlweight
 from mtlweight import MultiTaskOptimizer, Needs, SLGrad
 from mtlweight.engines.confirm import coefficients
-from tests.engines.zoo import close
+from tests.zoo import close
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop because we have not yet:UserWarning",

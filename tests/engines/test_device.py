@@ -7,28 +7,31 @@ from mtlweight import L2RW, SLGrad, View
 from mtlweight._statistics import Given
 from mtlweight.autograd import forward_mode
 from mtlweight.engines import forward, pullback
-from tests.engines.zoo import NETWORKS, problem
-
-DEVICES = ["meta", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
-pytestmark = pytest.mark.parametrize("device", DEVICES)
+from tests.zoo import NETWORKS, problem
 
 
 @pytest.fixture
-def no_waiting(device):
-    """Torch raises where the host would wait for the device, as it always does for numbers of ``meta`` tensors."""
+def place(device):
+    """The chosen GPU, else ``meta``: torch raises for numbers of its tensors wherever the host would wait for them."""
+    return "meta" if device == "cpu" else device
+
+
+@pytest.fixture
+def no_waiting(place):
+    """From its call on, torch raises where the host would wait for the device."""
 
     def start():
-        if device == "cuda":
+        if place == "cuda":
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
 
     yield start
-    if device == "cuda":
+    if place == "cuda":
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_torch_raises_where_the_host_would_wait(device, no_waiting):
-    numbers = torch.ones(3, device=device)
+def test_torch_raises_where_the_host_would_wait(place, no_waiting):
+    numbers = torch.ones(3, device=place)
     no_waiting()
     with pytest.raises(RuntimeError):
         numbers.sum().item()
@@ -41,8 +44,8 @@ def believe(_losses, found):
 
 @pytest.mark.parametrize("network", ["linear", "convolutions and BatchNorm", "dropout", "LayerNorm"])
 @pytest.mark.parametrize("engine", ["forward", "pullback"])
-def test_the_alignment_is_measured_without_waiting_for_the_device(network, engine, device, no_waiting):
-    p = problem(NETWORKS[network], device=device, dtype=torch.float32)
+def test_the_alignment_is_measured_without_waiting_for_the_device(network, engine, place, no_waiting):
+    p = problem(NETWORKS[network], device=place, dtype=torch.float32)
     tangents = [torch.ones_like(q) for q in p.shared]
     modules = [p.model]
     no_waiting()
@@ -57,8 +60,8 @@ def test_the_alignment_is_measured_without_waiting_for_the_device(network, engin
 @pytest.mark.parametrize(
     "weighting", [SLGrad("0"), SLGrad("0", normalize="task"), SLGrad("0", temperature=0.5), L2RW()], ids=repr
 )
-def test_and_neither_are_the_weights_made_of_it(weighting, device, no_waiting):
-    view = View(Given(alignment=torch.randn(2, 64, device=device, dtype=torch.float64)))
+def test_and_neither_are_the_weights_made_of_it(weighting, place, no_waiting):
+    view = View(Given(alignment=torch.randn(2, 64, device=place, dtype=torch.float64)))
     state = weighting.init(view)
     no_waiting()
     weighting.weigh(view, state)

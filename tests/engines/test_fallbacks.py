@@ -13,21 +13,24 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from mtlweight import MGDA, MTLWeightError
-from tests.engines.test_alignment import combined, on_samples, optimizer_for, oracle
-from tests.engines.zoo import BAG, NETWORKS, SEED, Recipe, TwoTasks, alignment, close, numbers, problem
-
-
-class Halve(torch.autograd.Function):
-    """Has a second derivative, and no forward one."""
-
-    @staticmethod
-    def forward(_ctx, x):
-        return x / 2
-
-    @staticmethod
-    def backward(_ctx, incoming):
-        return incoming / 2
+from mtlweight import MGDA, MTLWeightError, MultiTaskOptimizer
+from tests.zoo import (
+    BAG,
+    NETWORKS,
+    SEED,
+    Halve,
+    Halving,
+    Recipe,
+    TwoTasks,
+    alignment,
+    close,
+    combined,
+    numbers,
+    on_samples,
+    optimizer_for,
+    oracle,
+    problem,
+)
 
 
 class HalveOnce(torch.autograd.Function):
@@ -46,15 +49,6 @@ class HalveOnce(torch.autograd.Function):
 def halve_with(jvp):
     """The same with this forward derivative, which fails."""
     return type("HalveBadly", (Halve,), {"jvp": staticmethod(jvp)})
-
-
-class Halving(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function.apply(x)
 
 
 class RunningMean(nn.Module):
@@ -436,6 +430,29 @@ def test_losses_whose_graph_is_gone_are_an_error_and_no_fallback(engine):
     sum(loss.sum() for loss in losses.values()).backward()
     with pytest.raises(MTLWeightError, match="graph was freed by an earlier backward or combine"):
         optimizer.combine(losses, reference=reference)
+
+
+def test_a_reference_whose_graph_is_gone_is_an_error_and_no_fallback():
+    p = problem(NETWORKS["linear"])
+    reference = p.reference()
+    reference.backward()
+    with pytest.raises(MTLWeightError, match="graph was freed by an earlier backward or combine"):
+        optimizer_for(p, on_samples).combine(p.sample_losses, reference=reference)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_what_checkpointing_packs_is_unpacked_once_for_each_task(calls):
+    """Not more often for a look at it: checkpointing would run the layers once more."""
+    weight, ran = torch.ones(3, requires_grad=True), []
+
+    def layer(x):
+        ran.append(1)
+        return (x * weight).tanh()
+
+    z = checkpoint(layer, torch.ones(4, 3, requires_grad=True), use_reentrant=False)
+    optimizer = MultiTaskOptimizer(torch.optim.SGD([weight], lr=0.0), MGDA(), shared=weight, engine="rows")
+    optimizer.combine({str(k): (k + z).square().mean() for k in range(calls)}).backward()
+    assert len(ran) == 1 + calls
 
 
 @pytest.mark.parametrize("engine", ["auto", "pullback"])

@@ -5,8 +5,6 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import mtlweight
 from mtlweight import (
@@ -21,10 +19,9 @@ from mtlweight import (
     SLGrad,
 )
 from mtlweight._statistics import all_finite, gramian_of
-from mtlweight.autograd.graph import Graph, leaves_of_each
 from mtlweight.engines import jacobian as kept
 from tests.benchmarks._measure import MIB, peak_memory
-from tests.engines.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem
+from tests.zoo import BAG, NETWORKS, SEED, Problem, close, jacobian, problem, written
 
 # Some operators' backward has no batching rule: torch loops over it and says so, once in a process.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet:UserWarning")
@@ -72,10 +69,6 @@ class Reader:
         return self.views[-1]
 
 
-def written(parameters):
-    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-
-
 def of_equal(network, losses, device):
     """The Jacobians over shared parameters and over heads, of an equal problem."""
     p = problem(NETWORKS[network], device=device)
@@ -84,15 +77,23 @@ def of_equal(network, losses, device):
     return jacobian(means, p.shared), jacobian(means, p.heads)
 
 
-@networks
-@engines
-@pytest.mark.parametrize("form", FORMS)
-def test_jacobian_and_gramian_are_those_of_one_backward_a_task(network, engine, form, device):
+def has_the_rows_of_ordinary_backwards(network, engine, form, device):
     p = problem(NETWORKS[network], device=device)
     view = Reader().read(p, lambda: FORMS[form](p.task_losses), engine=engine)
     expected, _ = of_equal(network, "task_losses", device)
-    assert close(view["JACOBIAN"], expected)
-    assert close(view["GRAMIAN"], expected @ expected.T)
+    return close(view["JACOBIAN"], expected) and close(view["GRAMIAN"], expected @ expected.T)
+
+
+@networks
+@engines
+def test_jacobian_and_gramian_are_those_of_one_backward_a_task(network, engine, device):
+    assert has_the_rows_of_ordinary_backwards(network, engine, "callable", device)
+
+
+@engines
+@pytest.mark.parametrize("form", ["mapping", "tensor"])
+def test_jacobian_and_gramian_of_computed_losses_are_the_same(form, engine, device):
+    assert has_the_rows_of_ordinary_backwards("convolutions and BatchNorm", engine, form, device)
 
 
 @networks
@@ -103,12 +104,12 @@ def test_a_loss_for_each_sample_counts_by_its_mean(network, engine, device):
     assert close(view["JACOBIAN"], of_equal(network, "sample_losses", device)[0])
 
 
-@networks
-@pytest.mark.parametrize("engine", [*ENGINES, "features"])
+@pytest.mark.parametrize(
+    ("network", "engine"),
+    [(n, e) for n in NETWORKS for e in (*ENGINES, "features") if (n, e) != ("tied parameters", "features")],
+)
 @pytest.mark.parametrize("heads", ["weighted", "unweighted"])
 def test_backward_writes_the_weighted_rows_and_the_heads_gradient_of_the_chosen_kind(network, engine, heads, device):
-    if engine == "features" and network == "tied parameters":
-        pytest.skip("refused: see the tests of the features engine")
     p = problem(NETWORKS[network], device=device)
     reader = Reader(Needs.GRAMIAN)
     reader.read(p, p.task_losses, engine=engine, heads=heads)
@@ -128,6 +129,14 @@ def test_weights_for_gradient_entries_multiply_the_rows_and_leave_the_heads_alon
     Reader(Needs.JACOBIAN, weights, "entry").read(p, p.task_losses, engine=engine)
     assert close(written(p.shared), (weights * shared).sum(dim=0))
     assert close(written(p.heads), others.sum(dim=0))
+
+
+def test_a_weighting_per_entry_may_read_the_gramian_alone():
+    p = problem(NETWORKS["linear"])
+    rows, _ = of_equal("linear", "task_losses", "cpu")
+    weights = torch.linspace(-1, 1, rows.numel(), dtype=torch.float64).reshape(rows.shape)
+    Reader(Needs.GRAMIAN, weights, "entry").read(p, p.task_losses)
+    assert close(written(p.shared), (weights * rows).sum(dim=0))
 
 
 @networks
@@ -446,22 +455,6 @@ def test_a_gradient_that_is_changed_in_place_changes_no_other(engine, heads):
         model.second.grad.mul_(0.5)
 
 
-@given(st.lists(st.sets(st.integers(0, 5), min_size=1), min_size=1, max_size=6), st.booleans())
-def test_the_leaves_of_each_output_are_found_in_one_walk(uses, chained):
-    """Outputs of some of six parameters each, or of the output before them as well."""
-    parameters = [torch.ones((), requires_grad=True) for _ in range(6)]
-    outputs, reached = [], []
-    for use in uses:
-        before, known = (outputs[-1], reached[-1]) if chained and outputs else (0.0, set())
-        outputs.append(sum(parameters[k].exp() for k in use) + before)
-        reached.append({id(parameters[k]) for k in use} | known)
-    found = leaves_of_each([*outputs, parameters[0]])
-    assert found[-1] == {id(parameters[0])}
-    for t, mine in enumerate(reached):
-        assert {id(leaf) for leaf in Graph([outputs[t]]).leaves} == mine
-        assert mine <= found[t] <= set().union(*reached[: t + 1])
-
-
 @pytest.mark.parametrize("numbers", [1, 64])
 @pytest.mark.parametrize("beside", [False, True])
 def test_what_is_not_finite_is_seen_among_few_numbers_and_among_many(numbers, beside):
@@ -594,3 +587,112 @@ def test_vectorised_engines_say_that_they_take_no_sparse_gradients(engine, weigh
     losses = {"a": table(torch.tensor([1, 3])).square().sum(dim=1), "b": table(torch.tensor([1, 2])).sum(dim=1)}
     with pytest.raises(MTLWeightError, match=r"expected dense ones, found those of Embedding.* Use engine='rows'"):
         optimizer.combine(losses, reference=lambda: table(torch.tensor([1])).square().sum())
+
+
+# However the model uses its weights and its data.
+
+WIDTH = 6
+BATCH = torch.randn(4, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(SEED))
+
+
+def layers(count=1):
+    torch.manual_seed(SEED)
+    return torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(count))).double()
+
+
+def thirds(outputs):
+    return torch.stack([part.square().mean() for part in outputs.chunk(3, dim=-1)])
+
+
+def measured(model, losses, **options):
+    """The report of a step, and the gradients that its backward wrote."""
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model, **options)
+    optimizer.zero_grad()
+    optimizer.combine(losses).backward()
+    optimizer.step()
+    return optimizer.report, written(model.parameters())
+
+
+USES = {
+    "once": lambda layer, x: layer(x),
+    "twice": lambda layer, x: layer(layer(x).tanh()),
+    "as data as well": lambda layer, x: layer(x) * layer.weight.sum(dim=0),
+    "transposed, twice": lambda layer, x: (lambda w: x.tanh() @ w + (x @ w).tanh())(layer.weight.t()),
+    "scaled": lambda layer, x: torch.addmm(layer.bias, x.view(-1, WIDTH), layer.weight.t(), alpha=0.5),
+    "not transposed": lambda layer, x: x @ layer.weight,
+    "to make another weight": lambda layer, x: torch.nn.functional.linear(x, layer.weight * 2),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("shape", [(WIDTH,), (2, 2, WIDTH)], ids=["a vector", "a stack of batches"])
+def test_gramian_and_step_are_those_of_one_backward_a_task_however_a_weight_is_used(use, shape):
+    (layer,) = model = layers()
+    x = BATCH[0] if len(shape) == 1 else BATCH.view(shape)
+
+    def losses():
+        return thirds(USES[use](layer, x).tanh())
+
+    rows = jacobian(dict(enumerate(losses())), list(model.parameters()))
+    report, gradient = measured(model, losses())
+    assert close(report.gramian, rows @ rows.T)
+    assert close(gradient, report.weights @ rows)
+
+
+def test_the_next_batch_may_be_copied_in_before_the_backward():
+    model, buffer = layers(), torch.zeros_like(BATCH)
+    _, expected = measured(model, thirds(model(BATCH)))
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model)
+    model.zero_grad()
+    scalar = optimizer.combine(thirds(model(buffer.copy_(BATCH))))
+    buffer.zero_()
+    scalar.backward()
+    assert close(written(model.parameters()), expected)
+
+
+def test_a_backward_may_run_twice_where_its_graph_is_kept():
+    model = layers(2)
+    _, once = measured(model, thirds(model(BATCH)))
+    optimizer = MultiTaskOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), MGDA(), shared=model)
+    model.zero_grad()
+    scalar = optimizer.combine(thirds(model(BATCH)))
+    scalar.backward(retain_graph=True)
+    scalar.backward()
+    assert close(written(model.parameters()), 2 * once)
+
+
+@pytest.mark.parametrize("engine", ["rows", "features"])
+def test_sparse_gradients_at_the_output_are_made_dense(engine):
+    model = torch.nn.Linear(WIDTH, WIDTH, bias=False).double()
+    places = torch.tensor([[0, 5, 5], [1, 2, 0], [3, 3, 3], [4, 0, 1]])
+
+    def losses(sparse):
+        y = model(BATCH)
+        return {"a": torch.gather(y, 1, places, sparse_grad=sparse).square().sum(), "b": y.sin().mean()}
+
+    (found, gradient), (expected, right) = (
+        measured(model, lambda sparse=sparse: losses(sparse), engine=engine) for sparse in (True, False)
+    )
+    assert close(found.gramian, expected.gramian)
+    assert close(gradient, right)
+
+
+def test_the_last_task_that_reaches_the_shared_parameters_may_be_dropped():
+    model, heads = layers(), torch.nn.ParameterList([torch.ones(3, dtype=torch.float64) for _ in range(2)])
+    loss = model(BATCH).square().mean()
+    losses = {"a": loss + 0 * (loss - loss.detach()).sqrt(), "b": heads[0].sum(), "c": heads[1].square().sum()}
+    optimizer = MultiTaskOptimizer(
+        torch.optim.SGD([*model.parameters(), *heads], lr=0.0), MGDA(), shared=model, on_nonfinite="drop"
+    )
+    optimizer.combine(losses).backward()
+    optimizer.step()
+    assert optimizer.report.tasks == ("b", "c")
+    assert not optimizer.report.gramian.any()
+
+
+def test_the_default_device_is_nothing_to_inner_products():
+    rows = [torch.arange(1.0, 4.0).repeat(1 << 16), torch.ones(3 << 16)]
+    expected = gramian_of(rows)
+    with torch.device("meta"):
+        assert torch.equal(gramian_of(rows), expected)
+        assert torch.equal(gramian_of(torch.stack(rows)), expected)

@@ -5,8 +5,21 @@ import torch
 from torch import nn
 
 from mtlweight.engines import samples
-from tests.engines.test_alignment import combined, on_samples, optimizer_for
-from tests.engines.zoo import NETWORKS, SAMPLES, SEED, Recipe, TwoTasks, alignment, close, gradient, numbers, problem
+from tests.zoo import (
+    NETWORKS,
+    SAMPLES,
+    SEED,
+    Recipe,
+    TwoTasks,
+    alignment,
+    close,
+    combined,
+    gradient,
+    numbers,
+    on_samples,
+    optimizer_for,
+    problem,
+)
 
 # Some operators' backward has no batching rule: torch loops over it and says so, once in a process.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet:UserWarning")

@@ -21,6 +21,7 @@ def python(monkeypatch, capsys, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # of tensors as images
             if as_module:
                 runpy.run_module(what, run_name="__main__", alter_sys=True)
             else:

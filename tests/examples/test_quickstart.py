@@ -1,5 +1,4 @@
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,17 +24,9 @@ def data():
     return multi_mnist.load(seed=0)
 
 
-def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture_under_the_current_folder(tmp_path):
-    warnings = [
-        "-W",
-        "error",
-        "-W",
-        "ignore::DeprecationWarning",
-    ]  # torch's own, at its first dual number
-    command = [sys.executable, *warnings, SCRIPT, "--quick", "--seeds", "2"]
-    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = {line[:36].strip(): line[36:].split() for line in done.stdout.splitlines()}
+def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture_under_the_current_folder(python, tmp_path):
+    done = python(SCRIPT, "--quick", "--seeds", "2")
+    rows = {line[:36].strip(): line[36:].split() for line in done.out.splitlines()}
     for name in METHODS:
         accuracy, _, spread, seconds, ratio, *_ = rows[name]
         assert 0 <= float(accuracy) <= 1
@@ -47,7 +38,7 @@ def test_its_quick_form_prints_a_row_a_method_and_saves_the_picture_under_the_cu
     picture = (tmp_path / "runs" / "quickstart.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
-    assert "/96 " in done.stderr  # the progress bar: 2 seeds, 6 methods, 8 steps
+    assert "/96 " in done.err  # the progress bar: 2 seeds, 6 methods, 8 steps
 
 
 @pytest.mark.parametrize("options", [["--write-docs"], ["--output", "other/picture.png"]])

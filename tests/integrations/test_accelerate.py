@@ -9,7 +9,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch.utils.data import DataLoader
 
 from mtlweight import FAMO, MGDA, UW, SLGrad
-from tests.optimizer.problems import Problem, own, same_numbers, wrap
+from tests.problems import Problem, own, same_numbers, wrap
 
 SIZE, COUNT = 2, 3  # samples in a micro-batch, micro-batches in a step
 SAMPLES = 15  # 8 micro-batches: 3, 3 and 2, and the last one has one sample

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtlweight import FAMO, MGDA, UW, MTLWeightError, SLGrad
-from tests.optimizer.problems import Problem, own, same_numbers, step, wrap
+from tests.problems import Problem, own, same_numbers, step, wrap
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 SIZES = [2, 1, 3, 2, 4, 1, 2, 3]  # of the micro-batches

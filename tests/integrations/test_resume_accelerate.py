@@ -3,8 +3,8 @@
 import pytest
 from accelerate import Accelerator
 
-from tests.optimizer.problems import same
-from tests.optimizer.resumable import HALF, TRAININGS
+from tests.optimizer.resumable import HALF, IN_EACH_OTHER
+from tests.problems import same
 
 
 def prepared(trainings):
@@ -18,7 +18,7 @@ def prepared(trainings):
 def results(tmp_path_factory):
     """What each training arrives at, uncut and cut; in one checkpoint of all."""
     folder = tmp_path_factory.mktemp("accelerate")
-    first, second = ({name: make(seed=seed) for name, make in TRAININGS.items()} for seed in (0, 1))
+    first, second = ({name: make(seed=seed) for name, make in IN_EACH_OTHER.items()} for seed in (0, 1))
     accelerator = prepared(first)
     for training in first.values():
         training.run(0, HALF)
@@ -29,8 +29,8 @@ def results(tmp_path_factory):
     return first, second
 
 
-@pytest.mark.parametrize("name", TRAININGS)
-def test_resumed_from_accelerates_checkpoint_every_training_equals_the_uncut_one_bit_for_bit(name, results):
+@pytest.mark.parametrize("name", IN_EACH_OTHER)
+def test_resumed_from_accelerates_checkpoint_a_training_equals_the_uncut_one_bit_for_bit(name, results):
     uncut, cut = (each[name] for each in results)
     assert cut.optimizer.report.step == 2 * HALF
     assert same(cut.result(), uncut.result())

@@ -6,11 +6,10 @@ import lightning.pytorch as pl
 import pytest
 from torch.utils.data import DataLoader
 
-from tests.optimizer.problems import same
-from tests.optimizer.resumable import COMBINED, HALF, TRAININGS
+from tests.optimizer.resumable import HALF, IN_EACH_OTHER
+from tests.problems import same
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-NAMES = [*map(repr, COMBINED), *(name for name in TRAININGS if name.startswith("the graph"))]
 
 
 class Module(pl.LightningModule):
@@ -41,9 +40,9 @@ def fit(training, first, last, folder, checkpoint=None):
     return trainer
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IN_EACH_OTHER)
 def test_resumed_from_lightnings_checkpoint_a_training_equals_the_uncut_one_bit_for_bit(name, tmp_path):
-    uncut, cut, resumed = TRAININGS[name](), TRAININGS[name](), TRAININGS[name](seed=1)
+    uncut, cut, resumed = IN_EACH_OTHER[name](), IN_EACH_OTHER[name](), IN_EACH_OTHER[name](seed=1)
     uncut.run(0, 2 * HALF)
     fit(cut, 0, HALF, tmp_path).save_checkpoint(tmp_path / "half.ckpt")
     fit(resumed, HALF, 2 * HALF, tmp_path, tmp_path / "half.ckpt")

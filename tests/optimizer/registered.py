@@ -1,4 +1,4 @@
-"""Every weighting of the registry through a whole optimizer: the same few steps, in any precision, at any scale."""
+"""Every weighting through a whole optimizer: the same few steps, in any precision, at any scale."""
 
 import contextlib
 
@@ -7,14 +7,14 @@ import torch
 
 from mtlweight import MultiTaskOptimizer, Needs, weighting
 from mtlweight.testing._conformance import name_of, per_sample
-from tests.engines.zoo import close
-from tests.optimizer.problems import Problem
-from tests.registry import CASES
+from tests.problems import Problem
+from tests.registry import BY_READING
+from tests.zoo import close
 
 GRADIENTS = Needs.GRAMIAN | Needs.JACOBIAN
 ENGINES = ["rows", "batched", "samples", "forward", "pullback", "features"]
 TASKS = ("0", "1")
-every_weighting = pytest.mark.parametrize("case", CASES, ids=lambda case: name_of(case.weighting))
+every_weighting = pytest.mark.parametrize("case", BY_READING, ids=lambda case: name_of(case.weighting))
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 

@@ -41,8 +41,8 @@ from mtlweight import (
 )
 from mtlweight.causal import Balance, Decorrelation, Invariance, Sparsity, warmup
 from tests.causal.problems import Problem as CausalProblem
-from tests.optimizer.problems import Problem
-from tests.registry import CASES
+from tests.problems import Problem
+from tests.registry import BY_READING
 
 HALF = 3
 
@@ -155,13 +155,16 @@ def registered(case, seed: int = 0) -> Training:
     return Training(case.weighting, tasks, seed)
 
 
-TRAININGS: dict[str, Callable[..., Training]] = {
-    **{repr(case.weighting): lambda seed=0, case=case: registered(case, seed) for case in CASES},
+IN_EACH_OTHER: dict[str, Callable[..., Training]] = {
     **{repr(each): lambda seed=0, each=each: Training(each, seed=seed) for each in COMBINED},
     **{
         f"the graph under {each!r}": lambda seed=0, each=each: Causal(each, seed)
         for each in (UW(), PCGrad(), SLGrad("a"))
     },
+}
+TRAININGS: dict[str, Callable[..., Training]] = {
+    **{repr(case.weighting): lambda seed=0, case=case: registered(case, seed) for case in BY_READING},
+    **IN_EACH_OTHER,
 }
 """By name: from a seed of the initial parameters to a training that has not begun."""
 

@@ -37,7 +37,7 @@ from mtlweight import (
     weighting,
 )
 from mtlweight._checkpoint import CONTENT, KEY, VERSION
-from tests.optimizer.problems import Problem, own, poison, same, step, wrap
+from tests.problems import Problem, own, poison, same, step, wrap
 
 EQUAL = Equal()
 SLGRAD = SLGrad("left")

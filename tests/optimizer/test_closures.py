@@ -21,7 +21,7 @@ from mtlweight import (
     SLGrad,
     UPGrad,
 )
-from tests.optimizer.problems import Counting, Problem, own, same, step, wrap
+from tests.problems import Counting, Problem, own, same, step, wrap
 
 
 def with_closure(optimizer, problem, k, combine):

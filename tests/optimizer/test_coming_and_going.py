@@ -11,7 +11,7 @@ from torch import nn
 from mtlweight import DBMTL, MGDA, UW, ExcessMTL, MoCo, MTLWeightError, MultiTaskOptimizer, Needs, SLGrad, View
 from mtlweight._statistics import Given, tensors_of
 from mtlweight._weighting import ReferenceUse, evaluate
-from tests.optimizer.problems import DEVICES, Problem, same, step
+from tests.problems import Problem, same, step
 from tests.registry import CASES
 
 MEASURED = Needs.GRAMIAN | Needs.JACOBIAN | Needs.ALIGNMENT
@@ -193,7 +193,6 @@ def test_every_engine_sees_shared_parameters_that_change_in_mid_training(engine)
     assert went_on["parameters"].keys() > unchanged["parameters"].keys()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("weighting", "in_parts"),
     [(MoCo(), False), (DBMTL(), False), (ExcessMTL(), False), (UW() >> MoCo(), False), (ExcessMTL(), True)],

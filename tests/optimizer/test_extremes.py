@@ -6,7 +6,6 @@ import torch
 from mtlweight import MTLWeightError, MultiTaskOptimizer
 from mtlweight.testing._conformance import per_sample
 from tests.optimizer.registered import (
-    CASES,
     TASKS,
     Rounded,
     combined,
@@ -17,6 +16,7 @@ from tests.optimizer.registered import (
     tasks_of,
     wrapped,
 )
+from tests.registry import BY_READING
 
 
 def near(found, expected, rtol):
@@ -75,7 +75,9 @@ def test_a_step_is_finite_for_losses_of_every_scale_and_for_the_invariant_the_sa
                 assert near(gradient, scale ** (1 + degree) * g, 1e-6), scale
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.weighting.reference and case.weighting.reference.unit])
+@pytest.mark.parametrize(
+    "case", [case for case in BY_READING if case.weighting.reference and case.weighting.reference.unit]
+)
 def test_a_reference_whose_norm_is_taken_out_counts_the_same_at_every_scale(case):
     plain, *others = (trained(case, 1.0, 0.1, reference_scale=2.0**power) for power in (0, -80, 40))
     for found in others:

@@ -32,7 +32,7 @@ from mtlweight import (
 )
 from mtlweight._statistics import Given
 from mtlweight._weighting import evaluate
-from tests.optimizer.problems import own
+from tests.problems import own
 
 # Random calls may add up the gradients of several combines, of which another file tests the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:mtlweight. combine was called again before step")

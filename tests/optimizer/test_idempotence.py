@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtlweight import Equal, MultiTaskOptimizer
-from tests.optimizer.problems import KEY, Counting, own, same
+from tests.problems import KEY, Counting, own, same
 
 CALLS = ["combine", "combine nan", "backward", "step", "zero_grad", "checkpoint", "deepcopy", "report"]
 

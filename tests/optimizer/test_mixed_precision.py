@@ -7,13 +7,10 @@ import pytest
 import torch
 
 from mtlweight import MGDA, Equal, MultiTaskOptimizer, SLGrad
-from tests.engines.zoo import close
-from tests.optimizer.problems import DEVICES, same
 from tests.optimizer.registered import (
     TASKS,
     Rounded,
     combined,
-    engines_of,
     every_engine,
     every_weighting,
     scaled,
@@ -21,9 +18,10 @@ from tests.optimizer.registered import (
     tasks_of,
     wrapped,
 )
+from tests.problems import same
+from tests.zoo import close
 
 LOW = [torch.bfloat16, torch.float16]
-every_device = pytest.mark.parametrize("device", DEVICES)
 every_use = pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "parameters"])
 
 
@@ -35,7 +33,6 @@ def lowered(tasks, low, autocast, **options):
 # What is measured
 
 
-@every_device
 @every_use
 @pytest.mark.parametrize("low", LOW)
 @every_engine
@@ -49,7 +46,6 @@ def test_statistics_of_low_precision_are_those_of_float32_within_the_dtypes_roun
         assert close(found["gramian"], rows @ rows.T, rounding=1e-6)
 
 
-@every_device
 @every_use
 @pytest.mark.parametrize(("scale", "reference"), [(-24, 0), (-12, -24), (12, 10), (17, 3)])
 @every_engine
@@ -94,7 +90,6 @@ ROUTES = {
 }
 
 
-@every_device
 @pytest.mark.parametrize(("weighting", "losses", "options"), ROUTES.values(), ids=ROUTES)
 def test_what_combine_differentiates_itself_is_not_too_small_for_float16(weighting, losses, options, device):
     def run(scale):
@@ -110,7 +105,6 @@ def test_what_combine_differentiates_itself_is_not_too_small_for_float16(weighti
         assert close(found, expected, rounding=3 * torch.finfo(torch.float16).eps)
 
 
-@every_device
 @every_use
 def test_tiny_weights_of_samples_make_no_tiny_gradients_in_float16(autocast, device):
     weights = []
@@ -123,7 +117,6 @@ def test_tiny_weights_of_samples_make_no_tiny_gradients_in_float16(autocast, dev
     assert close(*weights, rounding=4 * torch.finfo(torch.float16).eps)
 
 
-@every_device
 @pytest.mark.parametrize("low", LOW)
 def test_the_average_of_references_is_not_rounded_to_the_parameters_low_precision(low, device):
     # In bfloat16, steps towards 2 would be rounded to nothing from 1.6 on.
@@ -161,7 +154,6 @@ def distances(found, expected):
     return torch.tensor([float((a - b).abs().max()) for a, b in pairs])
 
 
-@every_device
 @pytest.mark.parametrize("low", LOW)
 @every_weighting
 def test_weights_and_gradients_of_low_precision_are_those_of_float32_within_the_dtypes_rounding(case, low, device):
@@ -187,10 +179,8 @@ def test_weights_and_gradients_of_low_precision_are_those_of_float32_within_the_
     for autocast in (True, False):
         scaling = autocast and low == torch.float16
         exact, bounds = plain(scaling)
-        for engine in engines_of(case.weighting) if autocast else ["auto"]:
-            p = lowered(tasks, low, autocast, device=device)
-            found = taken(case, p, engine=engine, **(tiny if scaling else {}))
-            assert (distances(found, exact) <= bounds).all(), (engine, autocast)
+        found = taken(case, lowered(tasks, low, autocast, device=device), **(tiny if scaling else {}))
+        assert (distances(found, exact) <= bounds).all(), autocast
 
 
 # Loss scales
@@ -228,7 +218,6 @@ def everything(optimizer, p):
     return copy.deepcopy({"parameters": parameters, "state": optimizer.state_dict(), "report": vars(optimizer.report)})
 
 
-@every_device
 @every_weighting
 def test_a_step_that_the_gradient_scaler_skips_changes_nothing(case, device):
     p = Rounded(tasks_of(case), torch.float16, autocast=True, device=device)

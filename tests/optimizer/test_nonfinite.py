@@ -24,7 +24,7 @@ from mtlweight import (
     ema,
     weighting,
 )
-from tests.optimizer.problems import DEVICES, Counting, Problem, own, poison, same, step, wrap
+from tests.problems import Counting, Problem, own, poison, same, step, wrap
 
 TASKS = ("a", "b", "c")
 READS_GRADIENTS = [MGDA(), PCGrad(), GradNorm(), GradDrop(), UW() >> MGDA()]
@@ -62,7 +62,6 @@ CASES = [
 # Raise
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("each", "bad"), CASES)
 def test_raise_names_the_task_and_leaves_parameters_and_state_untouched(each, bad, device):
     p = Problem(TASKS, device=device)

@@ -29,11 +29,11 @@ from mtlweight import (
 )
 from mtlweight._statistics import Given
 from mtlweight._weighting import evaluate
-from tests.optimizer.problems import Problem, own, same, same_numbers, step
-from tests.registry import CASES
+from tests.optimizer.registered import every_weighting
+from tests.problems import Problem, own, same, same_numbers, step
+from tests.registry import BY_READING
 
-every_weighting = pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case.weighting))
-TOGETHER = [case for case in CASES if case.weighting.writes != "entry" and min(case.tasks) <= 3]
+TOGETHER = [case for case in BY_READING if case.weighting.writes != "entry" and min(case.tasks) <= 3]
 
 
 def tasks_of(case):
@@ -262,11 +262,16 @@ def test_a_random_order_of_others_is_the_same_whoever_is_absent(each, seed, m, d
 # Rows of a tensor
 
 
-@pytest.mark.parametrize("way", ["whole", "parts"])
-@every_weighting
+@pytest.mark.parametrize(
+    ("case", "way"),
+    [
+        pytest.param(case, way, id=f"{case.weighting!r}-{way}")
+        for case in BY_READING
+        for way in ("whole", "parts")
+        if way == "whole" or case.weighting.writes != "entry"  # weights per entry need the whole batch
+    ],
+)
 def test_a_row_without_any_label_has_its_place_from_the_first_batch_on(case, way):
-    if way == "parts" and case.weighting.writes == "entry":
-        pytest.skip("weights per gradient entry need the whole batch")
     p, q = Problem(tasks_of(case)), Problem(tasks_of(case))
     optimizer, other = (optimizer_of(each, case.weighting) for each in (p, q))
     missing = str(len(p.tasks) - 1) if len(p.tasks) > 1 else None

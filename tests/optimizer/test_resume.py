@@ -15,9 +15,9 @@ from torch import nn
 
 from mtlweight import RLW, UW, MTLWeightError, MultiTaskOptimizer, SLGrad
 from mtlweight._checkpoint import ADDED, VERSION
-from tests.engines.test_fallbacks import Halve
-from tests.optimizer.problems import Problem, own, same, step
 from tests.optimizer.resumable import HALF, TRAININGS, first_half
+from tests.problems import Problem, own, same, step
+from tests.zoo import Halve
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,16 +19,16 @@ from mtlweight import (
     UPGrad,
 )
 from mtlweight.testing._conformance import name_of
-from tests.optimizer.problems import Problem, same, step, wrap
 from tests.optimizer.registered import losses_of, tasks_of
-from tests.registry import CASES
+from tests.problems import Problem, same, step, wrap
+from tests.registry import BY_READING
 
 ON_GRADIENTS = [MGDA(), IMTLG(), PCGrad(), UPGrad()]
 read_gradients = pytest.mark.parametrize("weighting", ON_GRADIENTS, ids=lambda by: type(by).__name__)
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.weighting.writes != "entry"], ids=lambda case: name_of(case.weighting)
+    "case", [case for case in BY_READING if case.weighting.writes != "entry"], ids=lambda case: name_of(case.weighting)
 )
 def test_its_gradients_are_those_without_it(case):
     found = []

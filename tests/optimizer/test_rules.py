@@ -10,8 +10,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from mtlweight import DWA, MGDA, RLW, UW, Equal, GradDrop, GradNorm, MultiTaskOptimizer, PCGrad, ema, every
-from tests.optimizer.problems import (
-    DEVICES,
+from tests.problems import (
     KEY,
     Counting,
     Problem,
@@ -331,7 +330,6 @@ def test_what_the_wrapped_optimizer_says_of_amp_scaling_does_not_leak():
         _ = optimizer.no_such_attribute
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 def test_a_fused_optimizer_under_a_gradient_scaler_steps_as_far_as_without_one(kind, device):
     p = Problem(dtype=torch.float32, device=device)

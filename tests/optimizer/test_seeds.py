@@ -8,7 +8,7 @@ import torch
 
 from mtlweight import RLW, UW, GradDrop, MTLWeightError, MultiTaskOptimizer, PCGrad, ReLoBRaLo, View, every
 from mtlweight._statistics import Given
-from tests.optimizer.problems import Problem, own, same, step, wrap
+from tests.problems import Problem, own, same, step, wrap
 
 
 def weights_of(optimizer, p, steps=3):

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from mtlweight import DWA, MGDA, UW, Equal, GradNorm, MTLWeightError, MultiTaskOptimizer, PCGrad
-from tests.optimizer.problems import DEVICES, Problem, plain_step, same, step, wrap
+from tests.problems import Problem, plain_step, same, step, wrap
 
 # The bare optimizer
 
@@ -21,7 +21,6 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("make", list(OPTIMIZERS.values()), ids=list(OPTIMIZERS))
 def test_equal_weights_train_bit_for_bit_as_the_bare_optimizer_on_the_plain_sum(make, dtype, device):

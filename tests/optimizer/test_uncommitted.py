@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mtlweight import DWA, FAMO, MGDA, UW, Equal, MultiTaskOptimizer, every
-from tests.optimizer.problems import Counting, Problem, own, same, step, wrap
+from tests.problems import Counting, Problem, own, same, step, wrap
 
 
 def backward(optimizer, p, k=0):

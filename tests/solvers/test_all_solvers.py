@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mtlweight import solvers
-from mtlweight._errors import MTLWeightError
+from mtlweight import MTLWeightError, solvers
 from mtlweight.testing import arbitrary
 
 SOLVERS = {

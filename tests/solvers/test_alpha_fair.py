@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mtlweight._errors import MTLWeightError
+from mtlweight import MTLWeightError
 from mtlweight.solvers import SolverError, alpha_fair, min_norm
 from tests.solvers.jacobians import exact, large_jacobians, lengths, small_jacobians
 

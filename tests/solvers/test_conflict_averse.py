@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mtlweight._errors import MTLWeightError
+from mtlweight import MTLWeightError
 from mtlweight.solvers import SolverError, conflict_averse, dual_cone, min_norm
 from tests.solvers.jacobians import large_jacobians, lengths, small_jacobians
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mtlweight._errors import MTLWeightError
+from mtlweight import MTLWeightError
 from mtlweight.solvers import SolverError, dual_cone
 from tests.solvers.jacobians import exact, large_jacobians, lengths, small_jacobians, solve
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mtlweight._errors import MTLWeightError
+from mtlweight import MTLWeightError
 from mtlweight.solvers import SolverError, min_norm
 from tests.solvers.jacobians import large_jacobians, shares, small_jacobians, solve
 

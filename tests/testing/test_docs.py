@@ -35,12 +35,6 @@ def test_the_failures_on_the_page_are_what_the_kit_prints():
         hypothesis.settings.load_profile("before")
 
 
-def test_the_custom_weighting_takes_less_than_thirty_lines():
-    page = (DOCS / "custom_weighting.md").read_text()
-    whole = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "parametrize" in block)
-    assert len(whole.splitlines()) < 30
-
-
 @pytest.mark.parametrize("name", [*testing.__all__, *checks.__all__])
 def test_the_docs_mention_the_name_as_code(name):
     text = (DOCS / "testing.md").read_text()

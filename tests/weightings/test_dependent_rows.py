@@ -1,5 +1,7 @@
 """Rows that depend on each other up to their own rounding: what is left where they cancel must be nothing but that."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -91,7 +93,7 @@ def step(weighting, rows, engine):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("engine", ["rows", "batched", "samples", "features", "auto"])
+@pytest.mark.parametrize("engine", ["rows", "batched", "samples", "features"])
 def test_the_step_through_every_engine_is_that_of_the_exact_gramian(engine, dtype):
     for i, case in enumerate(METHODS):
         for k in range(i, i + 3):
@@ -231,9 +233,8 @@ def of_net(method, name, losses, seed, dtype, engine):
     return torch.cat([p.grad.double().flatten() for p in encoder.parameters()]), summed
 
 
-@pytest.mark.parametrize("engine", ["rows", "features"])
 @pytest.mark.parametrize("losses", LOSSES)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "engine"), [*((name, "rows") for name in NETS), ("deep", "features")])
 def test_the_step_of_a_float32_network_is_that_of_the_same_network_in_float64(name, losses, engine):
     for k, method in enumerate(STEADY):
         found, _ = of_net(method, name, losses, k, torch.float32, engine)
@@ -256,6 +257,7 @@ def test_a_gramian_given_in_float32_makes_the_step_of_the_exact_one_and_never_an
 LOW = {"bf16": (torch.bfloat16, False), "fp16": (torch.float16, False), "autocast": (torch.bfloat16, True)}
 
 
+@functools.cache
 def of_low(method, losses, seed, low, dtype, autocast=False):
     """The step of a small network whose numbers are those of a low precision, whatever it computes in."""
     torch.manual_seed(seed)
@@ -274,7 +276,7 @@ def test_what_low_precision_leaves_where_gradients_cancel_is_no_direction_of_its
     low, autocast = LOW[precision]
     # IMTLG divides by a sum of weights, which cancels to within the rounding of 16 bits where rows depend.
     for method in [method for method in STEADY if not isinstance(method, IMTLG)]:
-        for seed in range(5):
+        for seed in range(3):
             found = of_low(method, losses, seed, low, torch.float32 if autocast else low, autocast)
             exact = of_low(method, losses, seed, low, torch.float64)
             share = 0.2 if isinstance(method, PCD) else 0.1  # it is as far off without rounding that cancels

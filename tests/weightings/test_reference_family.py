@@ -25,7 +25,7 @@ from mtlweight import (
     normalize,
 )
 from mtlweight._weighting import ReferenceUse
-from tests.optimizer.problems import Problem, step
+from tests.problems import Problem, step
 
 RATE = 0.1
 TASKS = ("left", "middle", "right")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mtlweight import MTLWeightError, Report, SampleWeights, SLGrad
-from tests.optimizer.problems import Problem, same, step, wrap
+from tests.problems import Problem, same, step, wrap
 
 
 def report(number, rows, shares=None, tasks=("left", "right"), **more):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mtlweight import MTLWeightError, MultiTaskOptimizer, SLGrad
-from tests.optimizer.problems import Problem, step, wrap
 from tests.oracles.slgrad_official import Official
+from tests.problems import Problem, step, wrap
 
 OPTIMIZERS = {
     "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),  # 0.5 diverges, and rounding grows with it

@@ -6,8 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mtlweight import FAMO, MGDA, UW, Equal, GradDrop, MTLWeightError, MultiTaskOptimizer, SLGrad
-from tests.engines.test_alignment import on_samples
-from tests.engines.zoo import close
+from tests.zoo import close, on_samples
 
 
 class Reversible(torch.autograd.Function):

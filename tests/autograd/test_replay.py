@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from mtlweight import FAMO, MGDA, UW, AutoLambda, SLGrad
-from tests.engines.test_alignment import optimizer_for
-from tests.engines.test_fallbacks import Halve, Halving
-from tests.engines.zoo import Recipe, TwoTasks, numbers, problem
+from tests.zoo import Halve, Halving, Recipe, TwoTasks, numbers, optimizer_for, problem
 
 SOURCES = {
     "torch": lambda: float(torch.rand(())),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mtlweight import FAMO, IMTLG, MGDA, GradDrop, NashMTL, SLGrad
-from tests.optimizer.problems import Problem, same, wrap
+from tests.problems import Problem, same, wrap
+from tests.zoo import close
 
 
 def bfloat16():
@@ -85,3 +86,25 @@ def test_three_similar_tasks_weigh_the_same_inside_autocast():
         p = Problem(("a", "b", "c"), dtype=torch.float32)
         weights.append(optimizer.report.weights)
     assert same(*weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_may_be_autocast_where_the_reference_is_not(dtype):
+    """Numbers for which inner products of the data are beyond float16, and gradients are not."""
+    found = []
+    for around in (contextlib.nullcontext, lambda: torch.autocast("cpu", dtype)):
+        p = Problem(dtype=torch.float32)
+        p.encoder[0].weight.data.mul_(1e-3)
+        batch = p.batch
+        p.batch = lambda k=0, size=6, batch=batch: (300 * batch(k, size)[0], batch(k, size)[1])
+
+        def losses(p=p, around=around):
+            with around():
+                return {task: loss.float() for task, loss in p.samples().items()}
+
+        optimizer = wrap(p, SLGrad("left"), shared=p.encoder)
+        optimizer.combine(losses, reference=lambda p=p: 1e-4 * p.reference()).backward()
+        optimizer.step()
+        assert optimizer.report.engine == "forward"
+        found.append(optimizer.report.alignment)
+    assert close(found[1], found[0], 0.1)

@@ -25,7 +25,7 @@ from mtlweight import (
     ema,
     weighting,
 )
-from tests.optimizer.problems import DEVICES, Problem, own, same, same_numbers, step, wrap
+from tests.problems import Problem, own, same, same_numbers, step, wrap
 
 TASKS = ("a", "b", "c")
 
@@ -44,7 +44,6 @@ forms = pytest.mark.parametrize("form", list(FORMS.values()), ids=list(FORMS))
 @forms
 @pytest.mark.parametrize("per_sample", [False, True], ids=["scalars", "per sample"])
 @pytest.mark.parametrize("weighting", [DWA(), MGDA(), GradDrop()], ids=repr)
-@pytest.mark.parametrize("device", DEVICES)
 def test_every_form_of_the_losses_gives_the_step_that_a_mapping_of_scalars_gives(form, per_sample, weighting, device):
     p = Problem(("0", "1"), device=device)
     q = copy.deepcopy(p)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mtlweight import MGDA, UW, Constant, GradDrop, MoCo, MultiTaskOptimizer, SLGrad, every
-from tests.engines.test_ahead import looking, wrapped
-from tests.engines.test_alignment import ENGINES, combined, on_samples, optimizer_for, oracle
-from tests.engines.zoo import NETWORKS, close, problem
+from tests.batch.test_look_ahead import looking, wrapped
+from tests.zoo import NETWORKS, close, combined, jacobian, on_samples, optimizer_for, oracle, problem, written
 
+ENGINES = ("forward", "pullback", "samples", "rows")
 CASES = {
     "losses": (UW(), "task_losses", {}),
     "rows": (MGDA(), "task_losses", {"engine": "rows"}),
@@ -140,3 +140,35 @@ def test_hooks_are_as_they_were_also_after_an_error():
         optimizer_for(p, MGDA(), engine="rows").combine(losses)
     assert p.shared[0]._backward_hooks == before
     assert {*runs.values()} == {1}
+
+
+def test_a_hook_of_an_output_changes_the_gradient_as_in_any_backward():
+    p, other = problem(NETWORKS["linear"]), problem(NETWORKS["linear"])
+
+    def losses(p):
+        z = p.model.encoder(p.x)
+        z.register_hook(lambda gradient: 2 * gradient)
+        return {task: loss.mean() for task, loss in p.score(p.model.decode(z)).items()}
+
+    optimizer = optimizer_for(p, MGDA())
+    optimizer.combine(losses(p)).backward()
+    optimizer.step()
+    rows = jacobian(losses(other), other.shared)
+    assert close(optimizer.report.gramian, rows @ rows.T)
+    assert close(written(p.shared), optimizer.report.weights @ rows)
+
+
+def test_a_hook_that_the_losses_register_runs_in_every_step():
+    p, plain, ran = problem(NETWORKS["linear"]), problem(NETWORKS["linear"]), []
+
+    def losses():
+        p.model.encoder[0].weight.register_hook(lambda _: ran.append(1))
+        return p.sample_losses()
+
+    optimizer = optimizer_for(p, on_samples)
+    for step in range(3):
+        before = len(ran)
+        report = combined(p, optimizer, losses)
+        assert len(ran) > before, step
+    assert report.engine == "forward"
+    assert close(report.alignment, oracle(plain, "sample_losses"))

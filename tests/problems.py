@@ -3,17 +3,12 @@
 import copy
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import nn
 
 from mtlweight import MultiTaskOptimizer, Needs, Weighting
 
 KEY = "mtlweight"
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-]
 
 
 class Network(nn.Module):

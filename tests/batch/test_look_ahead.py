@@ -9,8 +9,7 @@ from torch import nn
 
 from mtlweight import Constant, MTLWeightError, MultiTaskOptimizer, Needs, NonFiniteError, SLGrad, Weighting
 from mtlweight._weighting import ReferenceUse
-from tests.engines.test_alignment import combined, scope_of
-from tests.engines.zoo import NETWORKS, Recipe, TwoTasks, alignment, close, gradient, numbers, problem
+from tests.zoo import NETWORKS, Recipe, TwoTasks, alignment, close, combined, gradient, numbers, problem, scope_of
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -119,6 +118,36 @@ def test_gradients_are_taken_where_they_are_said_to_be(lookahead, engine, scope)
     stepping.step()
     found, expected = ([*q.model.parameters()] for q in (p, start))
     assert all(close(a.detach(), b.detach(), 1e-9) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_enters_the_shared_layers_may_be_a_parameter_that_moves_ahead():
+    torch.manual_seed(5)
+    model, rate = nn.Linear(4, 4).double(), 0.5
+    queries = nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4).sin())
+
+    def losses():
+        return {"left": model(queries).tanh().mean(dim=1)}
+
+    def reference():
+        return model(queries).tanh().square().mean()
+
+    parameters = [*model.parameters(), queries]
+    optimizer = MultiTaskOptimizer(
+        torch.optim.SGD(parameters, lr=rate), looking("reference"), shared=[model, queries], model=model
+    )
+    optimizer.combine(losses, reference=reference).backward()
+    rows = [gradient(sample, parameters) for sample in losses()["left"]]
+    here = [p.detach().clone() for p in parameters]
+    flat = gradient(losses()["left"].mean(), parameters)
+    with torch.no_grad():
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p -= rate * part.view_as(p)
+    towards = gradient(reference(), parameters)
+    with torch.no_grad():
+        for p, value in zip(parameters, here, strict=True):
+            p.copy_(value)
+    optimizer.step()
+    assert close(optimizer.report.alignment, torch.stack([row @ towards for row in rows])[None])
 
 
 def test_whatever_is_evaluated_ahead_draws_the_masks_of_the_step_itself():

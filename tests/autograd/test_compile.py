@@ -32,9 +32,8 @@ from mtlweight import (
     PCGrad,
     SLGrad,
 )
-from tests.engines.test_alignment import on_samples
-from tests.engines.zoo import Recipe, TwoTasks, close, numbers, problem
 from tests.registry import CASES
+from tests.zoo import Recipe, TwoTasks, close, numbers, on_samples, problem
 
 
 @pytest.fixture(autouse=True)
@@ -341,8 +340,11 @@ COMPILED_STEPS = {
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's, of its own reading
-@pytest.mark.parametrize("how", ["step", "closure", "accumulate"])
-@pytest.mark.parametrize("case", COMPILED_STEPS)
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [(case, "step") for case in COMPILED_STEPS]
+    + [(case, how) for case in ("gradients", "alignments", "draws") for how in ("closure", "accumulate")],
+)
 def test_a_training_step_may_be_compiled_with_combine_in_it(case, how):
     def trained(compiled):
         p = problem(RECIPE)

@@ -20,8 +20,8 @@ from mtlweight import (
     SLGrad,
     every,
 )
-from tests.engines.zoo import NETWORKS, SEED, Recipe, TwoTasks, close, numbers, problem
-from tests.optimizer.problems import Problem, same_numbers, step, wrap
+from tests.problems import Problem, same_numbers, step, wrap
+from tests.zoo import NETWORKS, SEED, Recipe, TwoTasks, close, numbers, problem
 
 CUTS = [slice(0, 1), slice(1, 4), slice(4, 6)]
 WEIGHTINGS = [

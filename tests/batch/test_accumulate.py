@@ -24,13 +24,13 @@ from mtlweight import (
     SLGrad,
     every,
 )
-from tests.optimizer.problems import DEVICES, Counting, Problem, own, same, same_numbers, step, wrap
-from tests.registry import CASES
+from tests.problems import Counting, Problem, own, same, same_numbers, step, wrap
+from tests.registry import BY_READING
 
 CUTS = (slice(0, 1), slice(1, 4), slice(4, 6))
 MASK = {"1": torch.tensor([0, 1, 0, 1, 1, 0]).bool()}  # the first micro-batch has no label of the second task
-TOGETHER = [case for case in CASES if case.weighting.writes != "entry"]
-ENTRIES = [case.weighting for case in CASES if case.weighting.writes == "entry"]
+TOGETHER = [case for case in BY_READING if case.weighting.writes != "entry"]
+ENTRIES = [case.weighting for case in BY_READING if case.weighting.writes == "entry"]
 
 
 def part_of(p, k, cut):
@@ -131,7 +131,6 @@ def sized(p, k, size, cut):
     return {task: (outputs[task] - y[task][cut]).square() for task in p.tasks}
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_micro_batches_that_wait_leave_gradients_alone_and_hold_no_graph(device):
     p = Problem(device=device)
     p.model.unused = nn.Parameter(torch.ones(3, device=device, dtype=torch.float64))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mtlweight import DWA, FAMO, MGDA, MTLWeightError, MultiTaskOptimizer, Needs, PCGrad, Weighting, ema, every
-from tests.optimizer.problems import Problem, own, plain_step, same, step, wrap
+from tests.problems import Problem, own, plain_step, same, step, wrap
 
 
 @dataclass(frozen=True)

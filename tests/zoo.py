@@ -1,4 +1,4 @@
-"""Small networks with two tasks, and what torch itself says of their gradients."""
+"""Small networks with two tasks, what torch itself says of their gradients, and steps that measure alignments."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from mtlweight import MultiTaskOptimizer, Needs, weighting
 
 SAMPLES = 6
 SEED = 5
@@ -228,3 +230,68 @@ def close(found: Tensor, expected: Tensor, rounding: float = 1e-12) -> bool:
     assert found.shape == expected.shape
     assert found.isfinite().all()
     return bool((found.double() - expected.double()).abs().max() <= rounding * expected.double().abs().max())
+
+
+class Halve(torch.autograd.Function):
+    """Has a second derivative, and no forward one."""
+
+    @staticmethod
+    def forward(_ctx, x):
+        return x / 2
+
+    @staticmethod
+    def backward(_ctx, incoming):
+        return incoming / 2
+
+
+class Halving(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
+# One step of an optimizer that measures alignments.
+
+FORMS = {
+    "mapping": lambda losses: losses(),
+    "tensor": lambda losses: torch.stack([*losses().values()]),
+    "callable": lambda losses: losses,
+}
+
+
+@weighting(Needs.ALIGNMENT | Needs.SAMPLES, writes="sample")
+def on_samples(view):
+    a = view.sample_alignment
+    return torch.linspace(-1, 1, a.numel(), dtype=a.dtype, device=a.device).reshape(a.shape)
+
+
+def optimizer_for(p, by, **options):
+    parameters = torch.optim.SGD(p.model.parameters(), lr=0.0)
+    return MultiTaskOptimizer(parameters, by, **{"shared": p.model.encoder, "model": p.model, **options})
+
+
+def combined(p, optimizer, losses, form="callable", main=None):
+    """The report of one step. Reference first, then losses, so that dropout draws the masks of the oracle's."""
+    torch.manual_seed(SEED)
+    reference = p.reference if form == "callable" else p.reference()
+    optimizer.combine(FORMS[form](losses), reference=reference if main is None else {main: reference}).backward()
+    optimizer.step()
+    return optimizer.report
+
+
+def oracle(p, losses, parameters=None):
+    torch.manual_seed(SEED)
+    reference = p.reference()
+    return alignment(getattr(p, losses)(), reference, p.shared if parameters is None else parameters)
+
+
+def written(parameters):
+    return torch.cat([torch.zeros_like(q).flatten() if q.grad is None else q.grad.flatten() for q in parameters])
+
+
+def scope_of(p, scope):
+    left = dict.fromkeys([*p.shared, *p.model.heads["left"].parameters()])
+    return {"shared": p.shared, "main": [*left], "all": [*p.model.parameters()]}[scope]
