@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
@@ -9,6 +11,45 @@ from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import View
+
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "finite": ("a finite {}", math.isfinite),
+    "> 0": ("a finite {} > 0", lambda x: 0 < x < math.inf),
+    ">= 0": ("a finite {} >= 0", lambda x: 0 <= x < math.inf),
+    "in [0, 1)": ("{} in [0, 1)", lambda x: 0 <= x < 1),
+    "in [0, 1]": ("{} in [0, 1]", lambda x: 0 <= x <= 1),
+    "in (0, 1)": ("{} in (0, 1)", lambda x: 0 < x < 1),
+}
+"""The ranges of :func:`expect`: what messages call them, and the test."""
+
+
+def expect(owner: object, allowed: str, *names: str) -> None:
+    """Raises if one of these hyperparameters is out of range.
+
+    Args:
+        owner: what has them; its class stands in the message.
+        allowed: one of ``_RANGES``.
+        names: its attributes.
+    """
+    words, fits = _RANGES[allowed]
+    for name in names:
+        value = getattr(owner, name)
+        if not fits(value):
+            raise MTLWeightError(f"{title(owner)}: expected {words.format(name)}, found {value}.")
+
+
+def expect_one_of(owner: object, name: str, *choices: str | None) -> None:
+    """Raises if the hyperparameter of this name is none of the choices."""
+    value = getattr(owner, name)
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise MTLWeightError(f"{title(owner)}: expected {name} {', '.join(others)} or {last}, found {value!r}.")
+
+
+def title(owner: object) -> str:
+    """What messages call it: its class, or the function that builds it."""
+    name = type(owner).__name__
+    return name[1:].lower() if name.startswith("_") else name
 
 
 def expect_count(name: str, what: str, value: Any, low: int = 1) -> None:

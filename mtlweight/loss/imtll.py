@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtlweight._checks import nonnegative
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect, nonnegative
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.loss._domain import alive
@@ -55,10 +53,8 @@ class IMTLL(Weighting):
     traits = Traits(nonnegative=True, losses="nonnegative")
 
     def __post_init__(self) -> None:
-        if not 0 < self.step_size < math.inf:
-            raise MTLWeightError(f"IMTLL: expected a finite step_size > 0, found {self.step_size}.")
-        if not math.isfinite(self.initial):
-            raise MTLWeightError(f"IMTLL: expected a finite initial log-scale, found {self.initial}.")
+        expect(self, "> 0", "step_size")
+        expect(self, "finite", "initial")
 
     def init(self, view: View) -> State:
         """No task is known."""

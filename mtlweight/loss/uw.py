@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from mtlweight._checks import nonnegative
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect, nonnegative
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.loss._implicit import implicit_step
@@ -57,10 +55,8 @@ class UW(Weighting):
     traits = Traits(nonnegative=True, losses="nonnegative")
 
     def __post_init__(self) -> None:
-        if not 0 < self.step_size < math.inf:
-            raise MTLWeightError(f"UW: expected a finite step_size > 0, found {self.step_size}.")
-        if not math.isfinite(self.initial):
-            raise MTLWeightError(f"UW: expected a finite initial, found {self.initial}.")
+        expect(self, "> 0", "step_size")
+        expect(self, "finite", "initial")
 
     def init(self, view: View) -> State:
         """No task is known."""
@@ -71,4 +67,4 @@ class UW(Weighting):
         losses = nonnegative("UW", view)
         s = view.gather(state["log_variance"], self.initial)
         stepped = implicit_step(s, losses, self.step_size)
-        return s.neg().exp_(), {"log_variance": view.scatter(state["log_variance"], stepped)}
+        return (-s).exp(), {"log_variance": view.scatter(state["log_variance"], stepped)}

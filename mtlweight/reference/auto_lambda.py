@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mtlweight._checks import expect
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import ReferenceUse, Traits, Weighting
@@ -67,10 +67,8 @@ class AutoLambda(Weighting):
     traits = Traits(nonnegative=True, scale_degree=0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.step_size < math.inf:
-            raise MTLWeightError(f"AutoLambda: expected a finite step_size > 0, found {self.step_size}.")
-        if not 0 <= self.initial < math.inf:
-            raise MTLWeightError(f"AutoLambda: expected a finite initial >= 0, found {self.initial}.")
+        expect(self, "> 0", "step_size")
+        expect(self, ">= 0", "initial")
         if not all(0 <= decay < 1 for decay in self.decay):
             raise MTLWeightError(f"AutoLambda: expected two decays in [0, 1), found {self.decay}.")
         ReferenceUse.of("AutoLambda", self.main, scope=self.scope)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import ReferenceUse, Traits, Weighting
 from mtlweight.sample._shares import shares_of_help
@@ -63,8 +62,7 @@ class L2RW(Weighting):
 
     def __post_init__(self) -> None:
         ReferenceUse.of("L2RW", self.main, scope=self.scope)
-        if not 0 < self.total < math.inf:
-            raise MTLWeightError(f"L2RW: expected a finite total > 0, found {self.total}.")
+        expect(self, "> 0", "total")
 
     @property
     def reference(self) -> ReferenceUse:
