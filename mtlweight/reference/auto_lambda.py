@@ -16,12 +16,12 @@ from mtlweight._weighting import ReferenceUse, Traits, Weighting
 
 @dataclass(frozen=True)
 class AutoLambda(Weighting):
-    """All tasks' weights are learned so that the step they make lowers the main tasks' loss on other data.
+    """Learns all tasks' weights so that the weighted step lowers the main tasks' loss on other data.
 
-    ``λ`` descends on ``L_ref(θ')`` with ``θ' = θ - α Σ_t λ_t ∇ℓ_t(θ)`` one step ahead. Its derivative is
-    ``∂L_ref(θ') / ∂λ_t = -α <∇ℓ_t(θ), ∇L_ref(θ')>``: the alignment, with the reference's gradient taken ahead and the
-    tasks' gradients here. ``λ`` takes one step of Adam on it, then ``w_t = max(0, λ_t)``; the main tasks learn theirs
-    as the others do.
+    ``λ`` descends on ``L_ref(θ')`` with the look-ahead ``θ' = θ - α Σ_t λ_t ∇ℓ_t(θ)``. Its derivative is
+    ``∂L_ref(θ') / ∂λ_t = -α <∇ℓ_t(θ), ∇L_ref(θ')>``: the alignment, with the reference's gradient at ``θ'`` and the
+    tasks' gradients at ``θ``. ``λ`` takes one step of Adam on it, then ``w_t = max(0, λ_t)``; the main tasks' weights
+    are learned like the others.
 
     *Reads* the alignment. *Writes* ``[m]``, non-negative. *State* per task: ``λ`` and Adam's two averages and count.
     *Cost* a forward, a backward and a step to look ahead, the reference's forward and backward, and one more forward.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mtlweight._checks import expect, expect_one_of
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import ReferenceUse, Traits, Weighting
@@ -99,17 +99,11 @@ class SLGrad(Weighting):
 
     def __post_init__(self) -> None:
         ReferenceUse.of("SLGrad", self.main, scope=self.scope)
-        self._one_of("normalize", "all", "task", None)
-        self._one_of("samples_at", "here", "ahead")
-        self._one_of("replay", "official", None)
-        if not 0 < self.total < math.inf:
-            raise MTLWeightError(f"SLGrad: expected a finite total > 0, found {self.total}.")
-        if not 0 <= self.ema < 1:
-            raise MTLWeightError(f"SLGrad: expected ema in [0, 1), found {self.ema}. 0 is no averaging.")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise MTLWeightError(
-                f"SLGrad: expected a finite temperature > 0, found {self.temperature}. None lets samples drop out."
-            )
+        expect_one_of(self, "normalize", "all", "task", None)
+        expect_one_of(self, "samples_at", "here", "ahead")
+        expect_one_of(self, "replay", "official", None)
+        expect(self, "> 0", "total", *([] if self.temperature is None else ["temperature"]))
+        expect(self, "in [0, 1)", "ema")
         if self.temperature is not None and self.normalize is None:
             raise MTLWeightError(
                 "SLGrad: temperature makes weights with a fixed sum: expected normalize='all' or 'task' beside it, "
@@ -128,11 +122,6 @@ class SLGrad(Weighting):
                     f"SLGrad: replay='official' is the official code's arithmetic: expected no other option, found "
                     f"{', '.join(changed)}. Leave them out, or replay."
                 )
-
-    def _one_of(self, name: str, *choices: str | None) -> None:
-        if getattr(self, name) not in choices:
-            names = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
-            raise MTLWeightError(f"SLGrad: expected {name} {names}, found {getattr(self, name)!r}.")
 
     @property
     def traits(self) -> Traits:
@@ -190,8 +179,7 @@ class SLGrad(Weighting):
             weights = self.total * softmax_of_help(a, self.normalize, self.temperature, view.shares > 0)
         if not self.lookahead:
             return weights, state
-        table: Any = state["weights"]
-        return weights, {"weights": view.scatter(table, weights.sum(dim=1))}
+        return weights, {"weights": view.scatter(state["weights"], weights.sum(dim=1))}
 
     def _as_in_the_official_code(self, view: View, a: Tensor, state: State) -> tuple[Tensor, State]:
         table: Any = state["weights"]
