@@ -24,7 +24,7 @@ def numbers(values: PerTask) -> list[float]:
 
 
 def frozen(name: str, what: str, values: PerTask, *, low: float = -math.inf) -> PerTask:
-    """A private copy, so that the value cannot change under the optimizer.
+    """A checked copy, which the user cannot change later.
 
     Args:
         name: the weighting, for the message.

@@ -15,7 +15,7 @@ from mtlweight.loss._domain import ratio
 
 @dataclass(frozen=True)
 class CoV(Weighting):
-    """CoV-Weighting: a loss counts by its variation relative to its mean, so that what no longer moves drops out.
+    """CoV-Weighting: weighs a loss by how much it varies relative to its mean, so that one that is constant drops out.
 
     With the ratios ``r_t = ℓ_t / mean(ℓ_t before)``, whose mean ``μ_t`` and standard deviation ``σ_t`` over all steps
     are kept up to date, ``w_t = c_t / Σ_u c_u``, ``c_t = σ_t / μ_t``: the coefficients of variation before this step.

@@ -27,7 +27,7 @@ class DWA(Weighting):
     Args:
         temperature: ``T``; large values make the weights equal. Default 2, the paper's.
         period: number of steps (in which the task is present) that are averaged into one loss. Default 1. The paper
-            averages over an epoch: pass the number of steps in yours.
+            averages over an epoch: pass its number of steps.
 
     Raises:
         MTLWeightError: if ``temperature`` is not positive or ``period < 1``.
@@ -35,8 +35,8 @@ class DWA(Weighting):
     >>> DWA()(losses=torch.tensor([3.0, 0.5]))
     tensor([1., 1.])
 
-    *Differs from the paper* in the default period, since a weighting does not know how long an epoch is. Of a loss that
-    was exactly zero, the ratio is taken as 1.
+    *Differs from the paper* in the default period, since a weighting does not know how long an epoch is. The ratio to a
+    loss of exactly zero is taken as 1.
 
     References:
         Liu, Johns, Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, arXiv 1803.10704, eq. 7.

@@ -28,8 +28,8 @@ class FAMO(Weighting):
     *Writes* ``[m]``, on the simplex. *State* per task: ``ξ``, for Adam its two moments and their age, and the last
     log-loss. *Cost* one forward pass of the same batch.
 
-    A task at its lower bound has weight 0 unless all are, and its logit rests for this step: there its gradient
-    vanishes and its logarithm does not exist.
+    A task at its lower bound has weight 0 unless all are there, and its logit stays for this step, since its loss has
+    no logarithm.
 
     Args:
         step_size: the logits' learning rate ``β``. Default 0.025, the paper's.

@@ -16,18 +16,17 @@ from mtlweight.loss._implicit import implicit_step
 
 @dataclass(frozen=True)
 class IMTLL(Weighting):
-    """IMTL-L: each loss gets a learned scale that pulls it towards 1, so that no task counts by its unit.
+    """IMTL-L: each loss gets a learned scale that pulls it towards 1, so that its unit does not matter.
 
     ``w_t = exp(s_t)``; the scales ``s_t`` descend on ``exp(s_t) ℓ_t - s_t``, whose minimum is ``exp(s_t) ℓ_t = 1``.
     Each step is implicit, ``s_t' = s_t - η (exp(s_t') ℓ_t - 1)``: for small ``η`` it equals gradient descent, and it
     stays stable for losses of any size.
 
-    *Reads* the losses, which must be >= 0. *Writes* ``[m]``, positive. *State* ``s_t`` per task: in the weighting, so
-    that neither weight decay nor momentum touch it. *Cost* none.
+    *Reads* the losses, which must be >= 0. *Writes* ``[m]``, positive. *State* ``s_t`` per task, which
+    no weight decay or momentum touches. *Cost* none.
 
-    With ``s = -log σ²`` this is :class:`UW` up to a factor of two, as its authors say; here, where both terms of UW are
-    doubled, the weights are the same number for number as long as no loss is zero. Where a loss is exactly zero, its
-    scale rests: the objective has no minimum there.
+    With ``s = -log σ²`` this is :class:`UW`, and the weights are the same as long as no loss is zero. In the paper they
+    differ by a factor of two. The scale of a loss of exactly zero stays: the objective has no minimum there.
 
     Args:
         step_size: ``η``. Default 0.02, ours, as in :class:`UW`; the paper trains ``s`` by the network's optimizer.

@@ -25,8 +25,8 @@ class ReLoBRaLo(Weighting):
     all tasks are present. *State* per task: weight, last loss, first loss and, up to 2, the number of steps. *Cost*
     none.
 
-    A task's first weight is 1, its second is ``b(k - 1)``, as in the official code. Against a loss that was exactly
-    zero, the ratio is taken as 1.
+    A task's first weight is 1, its second is ``b(k - 1)``, as in the official code. The ratio to a loss of exactly zero
+    is taken as 1.
 
     Args:
         decay: ``α``. Default 0.999, the official code's.

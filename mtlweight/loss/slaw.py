@@ -17,8 +17,8 @@ class SLAW(Weighting):
     """Brings all tasks' gradients to about the same norm, with the norms estimated from how much the losses vary.
 
     ``w_t = m (1 / s_t) / Σ_u (1 / s_u)`` with the running standard deviation ``s_t = sqrt(a_t - b_t²)``, where ``a_t``
-    and ``b_t`` are moving averages of ``ℓ_t²`` and ``ℓ_t`` with decay ``β``. What an optimizer's step changes in a loss
-    is proportional to its gradient's norm, so ``s_t`` stands for it and no backward pass is needed.
+    and ``b_t`` are moving averages of ``ℓ_t²`` and ``ℓ_t`` with decay ``β``. An optimizer's step changes a loss in
+    proportion to its gradient's norm, so ``s_t`` estimates that norm without a backward pass.
 
     *Reads* the losses. *Writes* ``[m]``, positive, with sum ``m``. *State* per task: moving average and variance, and
     the number of steps up to ``1 / (1 - β)``. *Cost* none.

@@ -27,8 +27,8 @@ class SoftAdapt(Weighting):
     *Reads* the losses. *Writes* ``[m]``, on the simplex. *State* per task: the last ``order + 1`` losses and their
     number. *Cost* none.
 
-    A task with fewer losses has slope 0. So the weights start equal (or proportional to the losses). All-zero losses
-    are weighted equally.
+    A task with fewer losses has slope 0, so the weights start equal (or proportional to the losses). If all losses are
+    zero, the weights are equal.
 
     Args:
         sharpness: ``β``; negative values prefer tasks that improve fast. Default 0.1, the paper's.

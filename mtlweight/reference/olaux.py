@@ -1,4 +1,4 @@
-"""Auxiliary tasks by how much their gradients have served the main task over the last steps."""
+"""Auxiliary tasks weighted by how much their gradients helped the main task over the last steps."""
 
 from __future__ import annotations
 

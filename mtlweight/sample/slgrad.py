@@ -17,11 +17,11 @@ from mtlweight.sample._shares import shares_of_help, softmax_of_help
 
 @dataclass(frozen=True)
 class SLGrad(Weighting):
-    """Each sample of each task counts as much as its gradient serves the main task on held-out data.
+    """Weighs each sample of each task by how much its gradient helps the main task on held-out data.
 
     ``w[t, i] = max(0, a[t, i]) / Σ_{u, j} max(0, a[u, j])`` with the alignment ``a[t, i] = <∇ℓ[t, i], ∇L_ref>``: to
     first order, ``-a[t, i]`` is how the held-out loss of the main task changes with the weight of sample ``i`` of task
-    ``t``. Samples that help are kept, the others drop out: noisy labels, and auxiliary tasks where they do harm. Pass
+    ``t``. Samples that help are kept; others drop out, such as noisy labels and harmful auxiliary tasks. Pass
     the held-out loss to ``combine(losses, reference=...)``, and losses per sample, ``[b]`` a task.
 
     *Reads* the alignment per sample. *Writes* ``[m, b]``, non-negative, with sum ``total`` (or 0, if no sample helps).
@@ -44,10 +44,10 @@ class SLGrad(Weighting):
             that tasks compete; ``"task"``: each task's do; ``None``: ``w = total · max(0, a)``, in the unit of a
             squared gradient.
         temperature: ``None``, the default: samples that do not help have no weight. A number ``T``, ours:
-            ``w ∝ exp(a / (T s))`` instead, with ``s`` the root mean square of the alignments: no sample drops out
-            altogether, and large ``T`` makes all equal.
-        ema: share of the previous steps' average in the reference's gradient; for held-out batches that are small.
-            Default 0, as published. Ours.
+            ``w ∝ exp(a / (T s))`` instead, with ``s`` the root mean square of the alignments: no sample drops out, and
+            large ``T`` makes all weights equal.
+        ema: share of the previous steps' average in the reference's gradient, for small held-out batches. Default 0,
+            no averaging, as published.
         lookahead: whether the reference's gradient is taken one step of the optimizer ahead, which is then undone:
             parameters, buffers (of the modules named in ``model=`` or ``shared=``), optimizer and random state. That
             step gives each task its last total, spread evenly over its samples. Default false. Losses and reference
