@@ -65,29 +65,27 @@ class Seen:
         training, it is the effect of a sample's features on the sum of the task's losses.
         """
         calls = self._present()
-        tasks = [task for task in self.losses if task in self.selector.tasks]
-        if len(tasks) < len(self.losses):
-            unknown = next(task for task in self.losses if task not in tasks)
+        unknown = next((task for task in self.losses if task not in self.selector.tasks), None)
+        if unknown is not None:
             raise MTLWeightError(
                 f"The selector has no task {unknown!r}: expected losses of {', '.join(self.selector.tasks)}. Name the "
                 "task in ModuleSelector(modules, tasks)."
             )
         total = sum((loss.sum() for loss in self.samples.values()), start=self.gates.new_zeros(()))
         slopes = torch.autograd.grad(total, [call.mixed for call in calls], create_graph=True)
-        parts: dict[str, list[Tensor]] = {task: [] for task in tasks}
+        parts: dict[str, list[Tensor]] = {task: [] for task in self.selector.tasks}
         for call, slope in zip(calls, slopes, strict=True):
             products = torch.einsum("tbd,kbd->tbk", _flat(slope), _flat(call.modules))
             for task, row in zip(call.tasks, products.unbind(), strict=True):
-                if task in parts:
-                    parts[task].append(row)
-        rows = {task: torch.cat(found) for task, found in parts.items() if found}
+                parts[task].append(row)
         for task, loss in self.losses.items():
-            if task not in rows or len(rows[task]) != len(loss):
+            found = sum(map(len, parts[task]))
+            if found != len(loss) or not parts[task]:
                 raise MTLWeightError(
                     f"Expected the {len(loss)} losses of task {task!r} to come from as many samples in the selector, "
-                    f"found {len(rows[task]) if task in rows else 0}. Compute each loss from the task's features."
+                    f"found {found}. Compute each loss from the task's features."
                 )
-        return torch.stack([rows[task] for task in tasks])
+        return torch.stack([torch.cat(parts[task]) for task in self.losses])
 
     @functools.cached_property
     def environments(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all combinators share."""
+"""The base classes of combinators."""
 
 from __future__ import annotations
 
