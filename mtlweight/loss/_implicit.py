@@ -13,11 +13,6 @@ def implicit_step(s: Tensor, losses: Tensor, step_size: float) -> Tensor:
 
     For small ``η`` it equals a step of gradient descent on ``exp(-s) ℓ + s``, and it never overshoots ``log ℓ``. At a
     loss of exactly 0, where the objective has no minimum, ``s`` stays.
-
-    Args:
-        s: log-variances, ``[m]``.
-        losses: ``[m]``, not negative.
-        step_size: ``η``.
     """
     # With w = exp(-s') η ℓ the equation is w + log w = -a: Lambert's function. Winitzki's approximation is off by 2% at
     # most, and each round of Iacono and Boyd's iteration squares that.

@@ -12,26 +12,14 @@ Among = Literal["all", "task"]
 
 
 def shares_of_help(alignment: Tensor, among: Among) -> Tensor:
-    """``max(0, a) / Σ max(0, a)``, all 0 where nothing helps. Alignments may be of any size.
-
-    Args:
-        alignment: ``[m, b]``.
-        among: what the sum is over.
-    """
+    """``max(0, a) / Σ max(0, a)`` of the alignment ``a``, ``[m, b]``; all 0 where nothing helps."""
     dim = _dim(among)
     helpful = _scaled(alignment.clamp(min=0), dim)
     return helpful / helpful.sum(dim, keepdim=True).clamp(min=1.0)
 
 
 def softmax_of_help(alignment: Tensor, among: Among, temperature: float, labelled: Tensor) -> Tensor:
-    """``softmax(a / (T s))`` with ``s`` the root mean square of the alignments, so that their unit does not matter.
-
-    Args:
-        alignment: ``[m, b]``.
-        among: what softmax and mean are over.
-        temperature: ``T``.
-        labelled: ``[m, b]``, the samples that take part; the others get 0.
-    """
+    """``softmax(a / (T s))`` over the labelled samples, 0 for others; ``a``, ``[m, b]``, has root mean square ``s``."""
     dim = _dim(among)
     unit = _scaled(alignment, dim)
     size = (unit.square().sum(dim, keepdim=True) / labelled.sum(dim, keepdim=True)).sqrt()
