@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ State: TypeAlias = "Mapping[str, Tensor | State]"
 class Needs(enum.Flag):
     """What a weighting reads. An engine computes exactly what is declared, once.
 
-    ``SAMPLES`` joins ``LOSSES`` or ``ALIGNMENT`` and asks for one value per task *and sample*.
+    ``SAMPLES`` together with ``LOSSES`` or ``ALIGNMENT`` asks for one value per task *and sample*.
     """
 
     NOTHING = 0
@@ -34,10 +35,10 @@ class Needs(enum.Flag):
 class Source(Protocol):
     """Where a view's values come from: an engine's measurements, or values given by hand.
 
-    ``coefficients`` is ``None`` for the tasks' own losses (a ``[b]`` loss counts by its mean), or ``[m, b]`` for the
-    totals ``Σ_i c[t, i] ℓ[t, i]``. Losses, Gramian and alignment come in ``statistics_dtype``. ``shares``, ``[m, b]``,
-    are the coefficients of the means; they are asked for only if losses or alignments come per sample. ``known`` names
-    all tasks that have a place, in order; ``tasks`` those of the rows.
+    ``coefficients`` is ``None`` for the tasks' own losses (a ``[b]`` loss is averaged over the batch), or ``[m, b]``
+    for the totals ``Σ_i c[t, i] ℓ[t, i]``. Losses, Gramian and alignment have ``statistics_dtype``. ``shares``,
+    ``[m, b]``, are the coefficients of the averages, asked for only if losses or alignments are per sample. ``known``
+    names all tasks that have a place, in order; ``tasks`` those of the rows.
     """
 
     @property
@@ -156,7 +157,7 @@ class View:
 
     @property
     def sample_alignment(self) -> Tensor:
-        """``<∇ℓ[t, i], g_ref>``, ``[m, b]``: the same for each task and sample."""
+        """``<∇ℓ[t, i], g_ref>``, ``[m, b]``: inner products of the samples' gradients with the reference's."""
         self._read(Needs.ALIGNMENT | Needs.SAMPLES, "sample_alignment")
         return self._each(self._source.alignment())
 
@@ -181,15 +182,12 @@ class View:
             table: mapping from task name to a tensor, as :meth:`scatter` makes it.
             default: the row of a task that the table does not know yet.
         """
-        if any(task not in table for task in self.tasks):
-            missing = torch.as_tensor(default, dtype=None if isinstance(default, Tensor) else self.dtype)
-            table = {task: table.get(task, missing) for task in self.tasks}
-        device = self.device
-        return torch.stack([table[task].to(device) for task in self.tasks])
+        missing = torch.as_tensor(default, dtype=None if isinstance(default, Tensor) else self.dtype)
+        return torch.stack([table.get(task, missing).to(self.device) for task in self.tasks])
 
     def scatter(self, table: Any, values: Tensor) -> dict[str, Tensor]:
         """The table with the present tasks' rows replaced; absent tasks keep theirs."""
-        # A copy of each row: a view of all would hold on to those of tasks that have gone, and save them.
+        # Each row is copied: a view would keep, and save, the rows of tasks that have gone.
         return {**table, **{task: row.clone() for task, row in zip(self.tasks, values.detach(), strict=True)}}
 
     def note(self, name: str, value: Tensor | float) -> None:
@@ -198,7 +196,7 @@ class View:
 
     def restricted(self, needs: Needs) -> View:
         """The same view with ``needs`` alone readable."""
-        return self if needs == self._needs else self._with(_needs=needs)
+        return self._with(_needs=needs)
 
     def of(self, source: Source) -> View:
         """The same view of another batch, such as this process's part of one."""
@@ -233,8 +231,8 @@ class View:
         return "sample" if losses.ndim == 2 and losses.shape == weights.shape else "entry"
 
     def _with(self, **changes: Any) -> View:
-        view = object.__new__(type(self))  # copy.copy is many times slower
-        view.__dict__ = {**self.__dict__, **changes}
+        view = copy.copy(self)
+        view.__dict__.update(changes)
         return view
 
     def _read(self, needs: Needs, name: str) -> None:
@@ -270,7 +268,7 @@ MIXED_LEVELS = (
 
 
 def expect_samples(values: Tensor, tasks: tuple[str, ...]) -> None:
-    """Raises if there is one value a task alone."""
+    """Raises if values are per task."""
     if values.ndim == 1:
         raise MTLWeightError(
             f"A weighting per sample needs losses per sample: expected a [b] loss for each task, found scalars for "

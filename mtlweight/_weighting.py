@@ -145,12 +145,12 @@ class Weighting(ABC):
         return False
 
     def observes_at(self, step: int) -> bool:
-        """Whether it is to be called after this step: not unless :attr:`observes`. Spares a look at the losses."""
+        """Whether :meth:`observe` is to be called after this step: never unless :attr:`observes` is true."""
         del step
         return self.observes
 
     def needs_at(self, step: int) -> Needs:
-        """What it reads at this step: at most :attr:`needs`. Lets an engine prepare exactly that."""
+        """What it reads at this step: at most :attr:`needs`. Engines compute no more."""
         del step
         return self.needs
 
@@ -164,10 +164,9 @@ class Weighting(ABC):
         """The weights for this batch, and the state after it. Changes neither the view nor the given state."""
 
     def ahead(self, view: View, state: State) -> Tensor:
-        """The weights of the step that looks ahead: of the tasks, or of the samples if it writes those.
+        """The weights of the look-ahead step: of the tasks, or of the samples if it writes those. Default: 1 a task.
 
-        Called only if ``reference.lookahead`` is set, with a view of the batch's losses. 1 for each task, if not
-        overridden.
+        Called only if ``reference.lookahead`` is set, with a view of the batch's losses.
         """
         return view.shares if self.writes == "sample" else torch.ones_like(view.losses)
 
@@ -245,16 +244,14 @@ def evaluate(weighting: Weighting, view: View, state: State | None) -> tuple[Ten
         )
     shape = weights.shape if isinstance(weights, Tensor) else None
     if shape is None or len(shape) != (1 if writes == "task" else 2) or shape[0] != m:
-        expected = _SHAPES[writes].format(m)
-        if shape is None:
-            raise wrong_shape(weighting, f"a tensor of shape {expected}", type(weights).__name__)
-        raise wrong_shape(weighting, f"shape {expected}", list(shape))
+        found = type(weights).__name__ if shape is None else list(shape)
+        raise wrong_shape(weighting, f"a tensor of shape {_SHAPES[writes].format(m)}", found)
     if writes == "sample":
         labelled = view.shares > 0
         if labelled.shape != shape:
             raise wrong_shape(weighting, f"shape {list(labelled.shape)}", list(shape))
         weights = weights * labelled
-    return weights.detach() if weights.requires_grad else weights, state
+    return weights.detach(), state
 
 
 _SHAPES = {"task": "[{}]", "sample": "[{}, b]", "entry": "[{}, n]"}

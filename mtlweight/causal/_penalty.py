@@ -43,10 +43,10 @@ class Seen:
 
     @functools.cached_property
     def modules(self) -> Tensor:
-        """``Z``, ``[K, b, ...]``: the modules' outputs of all forward passes that the losses come from."""
+        """``Z``, ``[K, b, ...]``: the modules' outputs in all forward passes that the losses come from."""
         return torch.cat([call.modules for call in self._present()], dim=1)
 
-    @functools.cached_property
+    @property
     def samples(self) -> Mapping[str, Tensor]:
         """One ``[b]`` loss a task."""
         if any(loss.ndim != 1 for loss in self.losses.values()):
@@ -60,34 +60,32 @@ class Seen:
     def sensitivity(self) -> Tensor:
         """``S[t, i, k] = ∂ℓ[t, i] / ∂A[t, k]``, ``[m, b, K]``, for the ``m`` tasks with a loss.
 
-        It is the inner product of ``Z[k, i]`` with the gradient of ``ℓ[t, i]`` at the task's features, so that one
-        backward through the heads serves all tasks, samples and environments. It counts what a sample's features do to
-        the sum of the task's losses: a head that mixes samples, such as BatchNorm in training, is no obstacle.
+        It is the inner product of ``Z[k, i]`` with the gradient of ``ℓ[t, i]`` at the task's features, so one backward
+        through the heads serves all tasks, samples and environments. If a head mixes samples, as BatchNorm does in
+        training, it is the effect of a sample's features on the sum of the task's losses.
         """
         calls = self._present()
-        tasks = [task for task in self.losses if task in self.selector.tasks]
-        if len(tasks) < len(self.losses):
-            unknown = next(task for task in self.losses if task not in tasks)
+        unknown = next((task for task in self.losses if task not in self.selector.tasks), None)
+        if unknown is not None:
             raise MTLWeightError(
                 f"The selector has no task {unknown!r}: expected losses of {', '.join(self.selector.tasks)}. Name the "
                 "task in ModuleSelector(modules, tasks)."
             )
         total = sum((loss.sum() for loss in self.samples.values()), start=self.gates.new_zeros(()))
         slopes = torch.autograd.grad(total, [call.mixed for call in calls], create_graph=True)
-        parts: dict[str, list[Tensor]] = {task: [] for task in tasks}
+        parts: dict[str, list[Tensor]] = {task: [] for task in self.selector.tasks}
         for call, slope in zip(calls, slopes, strict=True):
             products = torch.einsum("tbd,kbd->tbk", _flat(slope), _flat(call.modules))
             for task, row in zip(call.tasks, products.unbind(), strict=True):
-                if task in parts:
-                    parts[task].append(row)
-        rows = {task: torch.cat(found) for task, found in parts.items() if found}
+                parts[task].append(row)
         for task, loss in self.losses.items():
-            if task not in rows or len(rows[task]) != len(loss):
+            found = sum(map(len, parts[task]))
+            if found != len(loss) or not parts[task]:
                 raise MTLWeightError(
                     f"Expected the {len(loss)} losses of task {task!r} to come from as many samples in the selector, "
-                    f"found {len(rows[task]) if task in rows else 0}. Compute each loss from the task's features."
+                    f"found {found}. Compute each loss from the task's features."
                 )
-        return torch.stack([rows[task] for task in tasks])
+        return torch.stack([torch.cat(parts[task]) for task in self.losses])
 
     @functools.cached_property
     def environments(self) -> Tensor:
@@ -146,7 +144,7 @@ class Penalty(ABC):
 
 
 class Bound:
-    """A penalty with the selector that it looks at: called with losses, it gives the scalar and notes its parts.
+    """A penalty and its selector: called with losses, it returns the scalar and notes its parts.
 
     Args:
         penalty: the penalty.
@@ -204,11 +202,8 @@ class _Scaled(Penalty):
         return {name: self.factor * value for name, value in self.inner.parts(seen).items()}
 
     def __repr__(self) -> str:
-        return (
-            f"{self.factor:g} * {self.inner!r}"
-            if len(_terms(self.inner)) == 1
-            else f"{self.factor:g} * ({self.inner!r})"
-        )
+        inner = f"({self.inner!r})" if isinstance(self.inner, _Sum) else repr(self.inner)
+        return f"{self.factor:g} * {inner}"
 
 
 @dataclass(frozen=True)
@@ -240,7 +235,7 @@ class _Warmup(Penalty):
 
     def parts(self, seen: Seen) -> dict[str, Tensor]:
         factor = min(1.0, (seen.step - self.start) / self.steps)
-        return {} if factor <= 0 else {name: factor * value for name, value in self.inner.parts(seen).items()}
+        return {} if factor <= 0 else _Scaled(self.inner, factor).parts(seen)
 
     def __repr__(self) -> str:
         return f"warmup({self.steps}, {self.inner!r}" + (f", start={self.start})" if self.start else ")")
@@ -249,8 +244,8 @@ class _Warmup(Penalty):
 def warmup(steps: int, penalty: Penalty, *, start: int = 0) -> Penalty:
     """The penalty times ``min(1, (step - start) / steps)``, and 0 until ``start``.
 
-    Counts committed steps. A penalty that is 0 is not computed. Invariance in particular is meant for features that
-    predict something already: IRM's authors switch it on late, too.
+    Counts committed steps. A penalty that is 0 is not computed. Use it for invariance in particular, which needs
+    features that already predict something: IRM's authors switch it on late, too.
 
     Args:
         steps: length of the ramp; 1 is a switch.
@@ -273,8 +268,8 @@ def means(values: Tensor, environments: Tensor, labelled: Tensor) -> tuple[Tenso
         labelled: ``[m, b]``.
 
     Returns:
-        tuple: the means, ``[e, m, ...]``; and ``[e, m]`` shares, of the dimensions of the means, that sum to 1 for each
-            task: alike for the environments where it has a label, 0 for the others, and for all if it has none.
+        tuple: the means, ``[e, m, ...]``; and the shares ``[e, m]``, with as many dimensions as the means: equal for
+            the environments where a task has a label, with sum 1, and 0 elsewhere.
     """
     count = int(environments.max()) + 1
     by_sample = values.transpose(0, 1)

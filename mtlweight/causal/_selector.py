@@ -57,7 +57,7 @@ class Graph:
 
 @dataclass
 class Call:
-    """One forward pass of a selector with a graph: what penalties look at.
+    """One forward pass of a selector, with its graph, as penalties read it.
 
     Args:
         tasks: names of the rows of ``mixed``.
@@ -75,9 +75,9 @@ class ModuleSelector(nn.Module):
 
     Task ``t`` gets the features ``h[t] = Σ_k A[t, k] Z_k`` with ``Z_k`` the output of module ``k``, and ``A`` the same
     for every sample: with ``gate="sigmoid"``, ``A = σ(logits)`` elementwise; with ``gate="softmax"`` each row of ``A``
-    sums to 1, so that modules compete for a task. Why one would want that: knowledge that is causal for one task and
+    sums to 1, so that modules compete for a task. So features that are causal for one task and
     merely correlated with another can stay apart, and the graph has so few degrees of freedom that penalties such as
-    :class:`~mtlweight.causal.Invariance` can decide them.
+    :class:`~mtlweight.causal.Invariance` can determine them.
 
     A penalty that is bound to the selector (:meth:`~mtlweight.causal.Penalty.on`) makes it remember its forward passes
     in training mode, with gradients enabled, until the optimizer's next ``combine``.
@@ -204,8 +204,7 @@ class ModuleSelector(nn.Module):
         columns = keep.any(dim=0).nonzero().flatten().tolist()
         names = list(self.bank)
         pruned = ModuleSelector({names[k]: self.bank[names[k]] for k in columns}, self.tasks, self.gate)
-        logits = self.logits.detach().masked_fill(~keep, -math.inf)[:, columns]
-        pruned.logits = nn.Parameter(logits)
+        pruned.logits = nn.Parameter(self.logits.detach().masked_fill(~keep, -math.inf)[:, columns])
         pruned._edges = {
             task: tuple(keep[t, columns].nonzero().flatten().tolist()) for t, task in enumerate(self.tasks)
         }
@@ -219,13 +218,10 @@ class ModuleSelector(nn.Module):
         return {**self.__dict__, "_calls": []}  # a graph can be neither copied nor pickled
 
     def _stack(self, outputs: list[Any], used: list[int]) -> Tensor:
-        shapes = {tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in outputs}
-        if len(shapes) > 1 or not isinstance(outputs[0], Tensor):
+        shapes = [list(z.shape) if isinstance(z, Tensor) else type(z).__name__ for z in outputs]
+        if isinstance(shapes[0], str) or any(shape != shapes[0] for shape in shapes):
             names = list(self.bank)
-            found = ", ".join(
-                f"{names[k]!r} {list(z.shape) if isinstance(z, Tensor) else type(z).__name__}"
-                for k, z in zip(used, outputs, strict=True)
-            )
+            found = ", ".join(f"{names[k]!r} {shape}" for k, shape in zip(used, shapes, strict=True))
             raise MTLWeightError(
                 f"ModuleSelector mixes the modules' outputs: expected tensors of one shape [b, ...], found {found}. "
                 "End the modules with layers of equal size."

@@ -13,7 +13,7 @@ from mtlweight.causal._penalty import Penalty, Seen
 
 @dataclass(frozen=True)
 class Balance(Penalty):
-    """Every module is to stay in use: ``log K - H(p)`` with ``p_k = Σ_t A[t, k] / Σ A`` and ``H`` the entropy.
+    """Penalises modules that are used little: ``log K - H(p)`` with ``p_k = Σ_t A[t, k] / Σ A`` and ``H`` the entropy.
 
     *Reads* the graph. *Zero* exactly if all modules are used alike (always, for one module), ``log K`` at most.
     *Invariant* to permuting tasks and modules, and to rescaling the graph.

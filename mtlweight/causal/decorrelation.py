@@ -1,4 +1,4 @@
-"""Modules that say different things."""
+"""Modules with different features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mtlweight.causal._penalty import Penalty, Seen
 
 @dataclass(frozen=True)
 class Decorrelation(Penalty):
-    """No feature of a module is to be a linear copy of another module's feature.
+    """Penalises correlations between the features of different modules.
 
         mean over i < j, p, q of ρ(Z_i[:, p], Z_j[:, q])²
 
@@ -48,7 +48,7 @@ def correlation(modules: Tensor) -> Tensor:
         return z.new_zeros(())
     columns = z.transpose(1, 2).flatten(2)  # [K, features, b and positions]
     columns = columns - columns.mean(dim=2, keepdim=True)
-    # A constant feature leaves rounding errors of the mean, which must not be blown up to correlations.
+    # A constant feature leaves rounding errors of the mean, which must not count as correlations.
     size = torch.linalg.vector_norm(z.detach().transpose(1, 2).flatten(2), dim=2, keepdim=True)
     length = columns.square().sum(dim=2, keepdim=True)
     varies = length > (8 * torch.finfo(z.dtype).eps * size).square()

@@ -13,7 +13,7 @@ from mtlweight.causal._penalty import Penalty, Seen
 
 @dataclass(frozen=True)
 class Invariance(Penalty):
-    """The graph is to be as good in one environment as in another: no task wants other modules elsewhere.
+    """Penalises a graph that a task would change from one environment to another.
 
     With ``R_t^e`` the mean loss of task ``t`` over the samples of environment ``e`` that have a label for it, and ``A``
     the graph (a column per module):
@@ -21,8 +21,8 @@ class Invariance(Penalty):
         "variance":  Σ_t Σ_k Var_e(∂R_t^e / ∂A[t, k])
         "norm":      mean_e Σ_t ||∇_{A[t, :]} R_t^e||²
 
-    where ``Var_e`` is the mean squared distance from the mean, and means are over the environments that have a sample
-    with a label for the task in the batch, each counted once. A module whose correlation with a task differs between
+    where ``Var_e`` is the mean squared distance from the mean, and means are over the environments that have a labelled
+    sample of the task in the batch, with equal weights. A module whose correlation with a task differs between
     environments pulls ``A[t, k]`` up in one and down in another: that is what is penalised. ``"variance"`` asks for
     agreement; ``"norm"`` (IRM's, at the graph) asks that the graph be optimal in each environment, and also acts if
     there is only one.
@@ -32,8 +32,8 @@ class Invariance(Penalty):
 
     *Zero* exactly if all environments give the graph the same gradient (norm: a zero gradient in each). *Invariant* to
     permuting modules, tasks, samples and environments, and to rescaling a head's input where the head undoes it.
-    *Neutral*: with one environment in a batch the variance is 0; ``optimizer.report.notes["environments"]`` says how
-    many there were. An environment with one sample counts like any other, noisily.
+    *Neutral*: with one environment in a batch the variance is 0; ``optimizer.report.notes["environments"]`` is
+    their number. An environment with one sample has the same weight as any other, and is noisy.
 
     Args:
         kind: ``"variance"``, the default and ours, or ``"norm"``.
@@ -72,7 +72,7 @@ class Invariance(Penalty):
 
 @dataclass(frozen=True)
 class RiskVariance(Penalty):
-    """V-REx: each task's risk is to be the same in all environments. A baseline that needs no graph.
+    """V-REx: penalises the variance of each task's risk over environments. A baseline that needs no graph.
 
     ``Σ_t Var_e(R_t^e)``, with ``R_t^e`` and ``Var_e`` as in :class:`Invariance`.
 

@@ -12,7 +12,7 @@ from mtlweight.causal._penalty import Penalty, Seen
 
 @dataclass(frozen=True)
 class Sparsity(Penalty):
-    """Each task is to read few modules: ``||A||_1 = Σ_t Σ_k A[t, k]``.
+    """Penalises edges, so that each task reads few modules: ``||A||_1 = Σ_t Σ_k A[t, k]``.
 
     *Reads* the graph. *Zero* only in the limit of a graph without edges. *Invariant* to permuting tasks and modules.
     Alone it may leave all tasks on one module: use :class:`Balance` beside it.

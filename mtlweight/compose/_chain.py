@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import MIXED_LEVELS, State, View
 from mtlweight._weighting import Traits, Weighting, evaluate
-from mtlweight.compose._combinator import Combinator, ahead_of, expect_weighting, substate
+from mtlweight.compose._combinator import Combinator, ahead_of, expect_weighting, ones, substate
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,15 +39,12 @@ class Chain(Combinator):
     def traits(self) -> Traits:
         """What a product of the links' weights keeps of their claims."""
         traits = [link.traits for link in self.links]
-        degree: int | None = 0
-        for trait in traits:  # the link sees losses times c, times c to the degree so far
-            degree = (
-                None if degree is None or trait.scale_degree is None else degree + (1 + degree) * trait.scale_degree
-            )
+        degrees = [trait.scale_degree for trait in traits if trait.scale_degree is not None]
         domains = {trait.losses for trait in traits}
         return Traits(
             nonnegative=all(trait.nonnegative for trait in traits),
-            scale_degree=degree,
+            # Losses times c reach a link as losses times c ** (1 + degree of the links before it).
+            scale_degree=math.prod(1 + d for d in degrees) - 1 if len(degrees) == len(traits) else None,
             random=any(trait.random for trait in traits),
             losses="positive" if "positive" in domains else "nonnegative" if "nonnegative" in domains else "real",
             samples=max(trait.samples for trait in traits),
@@ -55,24 +52,21 @@ class Chain(Combinator):
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """Each link sees the problem weighted by the links before it; the weights multiply."""
-        columns = self.writes != "task"
-        total = torch.ones(len(view.tasks), dtype=view.dtype, device=view.device)
-        total = total[:, None] if columns else total
+        total = scale = ones(view)
         states: dict[str, Tensor | State] = {}
-        scale = torch.ones(len(view.tasks), dtype=view.dtype, device=view.device)
         for i, link in enumerate(self.links):
             weights, states[str(i)] = evaluate(link, view, substate(state, i))
             if link.observes_at(view.step):
                 states[f"{i} sees"] = view.scatter(state.get(f"{i} sees", {}), scale)
-            if link.writes != "entry":  # weights per gradient entry leave the losses alone
+            if link.writes != "entry":  # weights per gradient entry do not change the losses
                 scale = _product(scale, weights)
             view = view.scaled(weights, link.writes)
-            total = total * (weights[:, None] if columns and weights.ndim == 1 else weights)
+            total = _product(total, weights)
         return total, states
 
     def ahead(self, view: View, state: State) -> Tensor:
-        """The product of the links' weights in the step ahead, each on the problem as those before it weighted it."""
-        total = torch.ones(len(view.tasks), dtype=view.dtype, device=view.device)
+        """The product of the links' weights of the look-ahead step; each sees the problem weighted by those before."""
+        total = ones(view)
         for i, link in enumerate(self.links):
             weights = ahead_of(link, view, substate(state, i))
             view = view.scaled(weights, "task" if weights.ndim == 1 else "sample")
@@ -80,7 +74,7 @@ class Chain(Combinator):
         return total
 
     def observe(self, view: View, state: State) -> State:
-        """Each link that observes sees the losses with the weights that the links before it had in this step."""
+        """Each link that observes sees the losses times the weights that the links before it had in this step."""
         seen: dict[str, Any] = dict(state)
         for i, link in enumerate(self.links):
             if link.observes_at(view.step):
@@ -120,6 +114,7 @@ def chain(*weightings: Weighting) -> Weighting:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Of weights per task or per sample, in any combination."""
-    a, b = (x if a.ndim == b.ndim or x.ndim == 2 else x[:, None] for x in (a, b))
+    """The product of weights of any two levels."""
+    if a.ndim != b.ndim:
+        a, b = (x if x.ndim == 2 else x[:, None] for x in (a, b))
     return a * b

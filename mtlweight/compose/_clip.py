@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from mtlweight._errors import MTLWeightError
-from mtlweight._view import State, View
-from mtlweight._weighting import Traits, Weighting, evaluate
-from mtlweight.compose._combinator import Combinator, substate
+from mtlweight._weighting import Traits, Weighting
+from mtlweight.compose._combinator import Wrapper
 
 
 @dataclass(frozen=True, repr=False)
-class _Clip(Combinator):
-    inner: Weighting
+class _Clip(Wrapper):
     low: float
     high: float
 
@@ -25,26 +23,19 @@ class _Clip(Combinator):
             raise MTLWeightError(f"clip: expected low <= high, found low={self.low}, high={self.high}. Swap them.")
 
     @property
-    def parts(self) -> tuple[Weighting, ...]:
-        return (self.inner,)
-
-    @property
     def traits(self) -> Traits:
         inner = self.inner.traits
-        return Traits(
+        return replace(
+            inner,
             nonnegative=self.low >= 0 or (inner.nonnegative and self.high >= 0),
+            total=None,
+            nonconflicting=False,
+            stationary=None,
             scale_degree=0 if inner.scale_degree == 0 else None,
-            random=inner.random,
-            losses=inner.losses,
-            samples=inner.samples,
         )
 
-    def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
-        weights, inner = evaluate(self.inner, view, substate(state, 0))
-        return weights.clamp(self.low, self.high), {"0": inner}
-
-    def ahead(self, view: View, state: State) -> Tensor:
-        return super().ahead(view, state).clamp(self.low, self.high)
+    def changed(self, weights: Tensor) -> Tensor:
+        return weights.clamp(self.low, self.high)
 
     def __repr__(self) -> str:
         return f"clip({self.inner!r}, low={self.low}, high={self.high})"
@@ -55,8 +46,8 @@ def clip(inner: Weighting, low: float = -math.inf, high: float = math.inf) -> We
 
     Args:
         inner: any weighting.
-        low: the least weight. No bound if left out.
-        high: the greatest weight. No bound if left out.
+        low: the least weight. Default: no bound.
+        high: the greatest weight. Default: no bound.
 
     Raises:
         MTLWeightError: if ``low > high``.

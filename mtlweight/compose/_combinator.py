@@ -1,4 +1,4 @@
-"""What all combinators share."""
+"""The base classes of combinators."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import functools
 import operator
 from abc import abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtlweight._checks import title
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Level, ReferenceUse, Weighting, evaluate
 
 
 class Combinator(Weighting):
-    """A weighting made of others: reads, writes and uses what they do. Their states lie under ``"0"``, ``"1"``, ..."""
+    """A weighting made of others: reads, writes and uses what they do. Its state has theirs at ``"0"``, ``"1"``, ..."""
 
     def __post_init__(self) -> None:
         for part in self.parts:
-            expect_weighting(part, type(self).__name__.strip("_").lower())
+            expect_weighting(part, title(self))
 
     @property
     @abstractmethod
@@ -64,9 +66,30 @@ class Combinator(Weighting):
         observers = [(i, part) for i, part in enumerate(self.parts) if part.observes_at(view.step)]
         return {**state, **{str(i): part.observe(view, substate(state, i)) for i, part in observers}}
 
+
+@dataclass(frozen=True, repr=False)
+class Wrapper(Combinator):
+    """A combinator of one weighting, whose weights it changes."""
+
+    inner: Weighting
+
+    @property
+    def parts(self) -> tuple[Weighting, ...]:
+        """The one inside."""
+        return (self.inner,)
+
+    def changed(self, weights: Tensor) -> Tensor:
+        """What becomes of the inner weights."""
+        return weights
+
+    def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
+        """The inner weights, changed."""
+        weights, inner = evaluate(self.inner, view, substate(state, 0))
+        return self.changed(weights), {"0": inner}
+
     def ahead(self, view: View, state: State) -> Tensor:
-        """The weights of the step ahead: those of what is inside, as :func:`ahead_of` tells them."""
-        return ahead_of(self.parts[0], view, substate(state, 0))
+        """The inner weights of the look-ahead step, changed."""
+        return self.changed(ahead_of(self.inner, view, substate(state, 0)))
 
 
 def expect_weighting(part: object, where: str) -> None:
@@ -76,14 +99,19 @@ def expect_weighting(part: object, where: str) -> None:
 
 
 def ahead_of(part: Weighting, view: View, state: State | None) -> Tensor:
-    """A part's weights in the step ahead: what it says if it looks there; else, if losses are all it reads, its own.
+    """A part's weights of the look-ahead step, for which no gradients are measured.
 
-    Gradients are not measured for it: any other part leaves the weights of the step ahead alone.
+    A part that looks ahead has a method for it; one that reads losses alone has its usual weights; any other has ones.
     """
     if part.reference is not None and part.reference.lookahead is not None:
         return part.ahead(view, part.init(view) if state is None else state)
     if part.needs in Needs.LOSSES | Needs.SAMPLES:
         return evaluate(part, view, state)[0]
+    return ones(view)
+
+
+def ones(view: View) -> Tensor:
+    """Weight 1 for each task."""
     return torch.ones(len(view.tasks), dtype=view.dtype, device=view.device)
 
 

@@ -8,52 +8,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtlweight._checks import expect
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import State, View
-from mtlweight._weighting import Traits, Weighting, evaluate
-from mtlweight.compose._combinator import Combinator, substate
+from mtlweight._weighting import Traits, Weighting
+from mtlweight.compose._combinator import Wrapper
 
 
 @dataclass(frozen=True, repr=False)
-class _EMA(Combinator):
-    inner: Weighting
+class _EMA(Wrapper):
     decay: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.decay < 1:
-            raise MTLWeightError(f"ema: expected decay in [0, 1), found {self.decay}. 0 is no averaging.")
+        expect(self, "in [0, 1)", "decay")
         if self.inner.writes != "task":
             raise MTLWeightError(
                 f"ema averages weights per task over steps: expected a weighting per task, found {self.inner!r}, "
-                f"which writes one per {self.inner.writes}, and the next batch has other ones. Wrap a weighting per "
-                f"task."
+                f"which writes one per {self.inner.writes}, and the next batch has other ones. Wrap one per task."
             )
 
     @property
-    def parts(self) -> tuple[Weighting, ...]:
-        return (self.inner,)
-
-    @property
     def traits(self) -> Traits:
-        return replace(self.inner.traits, nonconflicting=False, stationary=None)  # an average keeps the rest
+        return replace(self.inner.traits, nonconflicting=False, stationary=None)  # an average keeps the other claims
 
     def init(self, view: View) -> State:
         return {"average": {}}
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
-        weights, inner = evaluate(self.inner, view, substate(state, 0))
+        weights, inner = super().weigh(view, state)
         average = self._averaged(weights, view, state)
-        return average, {"average": view.scatter(state["average"], average), "0": inner}
+        return average, {**inner, "average": view.scatter(state["average"], average)}
 
     def ahead(self, view: View, state: State) -> Tensor:
         return self._averaged(super().ahead(view, state), view, state)
 
     def _averaged(self, weights: Tensor, view: View, state: State) -> Tensor:
         table: Any = state["average"]
-        known = torch.tensor([task in table for task in view.tasks], device=view.device)
-        old = view.gather(table, default=0.0)
-        return torch.where(known, self.decay * old + (1 - self.decay) * weights, weights)
+        old = view.gather(table, default=torch.nan)
+        return torch.where(old.isnan(), weights, self.decay * old + (1 - self.decay) * weights)
 
     def __repr__(self) -> str:
         return f"ema({self.inner!r}, decay={self.decay})"

@@ -9,14 +9,13 @@ from torch import Tensor
 from mtlweight._checks import expect_count
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
-from mtlweight._weighting import Traits, Weighting, evaluate
-from mtlweight.compose._combinator import Combinator, substate
+from mtlweight._weighting import Traits, Weighting
+from mtlweight.compose._combinator import Wrapper
 
 
 @dataclass(frozen=True, repr=False)
-class _Every(Combinator):
+class _Every(Wrapper):
     k: int
-    inner: Weighting
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -28,13 +27,9 @@ class _Every(Combinator):
             )
 
     @property
-    def parts(self) -> tuple[Weighting, ...]:
-        return (self.inner,)
-
-    @property
     def traits(self) -> Traits:
-        inner = self.inner.traits
-        return replace(inner, nonconflicting=False, stationary=None)  # kept weights were made for other gradients
+        # Kept weights come from other gradients.
+        return replace(self.inner.traits, nonconflicting=False, stationary=None)
 
     def needs_at(self, step: int) -> Needs:
         return self.inner.needs_at(step) if step % self.k == 0 else Needs.NOTHING
@@ -49,27 +44,24 @@ class _Every(Combinator):
         table = state["kept"]
         if view.step % self.k and all(task in table for task in view.tasks):
             kept = view.gather(table)
-            if self.writes == "task":
-                return kept, state
-            return kept[:, None] * view.shares, state
-        weights, inner = evaluate(self.inner, view, substate(state, 0))
+            return (kept if self.writes == "task" else kept[:, None] * view.shares), state
+        weights, inner = super().weigh(view, state)
         totals = weights if self.writes == "task" else weights.sum(dim=1)
-        return weights, {"kept": view.scatter(table, totals), "0": inner}
+        return weights, {**inner, "kept": view.scatter(table, totals)}
 
     def __repr__(self) -> str:
         return f"every({self.k}, {self.inner!r})"
 
 
 def every(k: int, inner: Weighting) -> Weighting:
-    """Renews a weighting's weights at every ``k``-th step and keeps them in between, to share its cost.
+    """Computes a weighting's weights at every ``k``-th step and keeps them in between, to share its cost.
 
-    In between nothing is measured, so that the step costs as much as a plain one; but a reference that teaches
-    (``learn_reference=True``) does so at each step. A task without kept weights (it is
-    new, or was absent so far) makes the weights be renewed at once. A weighting that looks at the losses again after
-    the step does so after each ``k``-th alone.
+    In between nothing is measured, so a step costs as much as a plain one; but a reference that joins the step
+    (``learn_reference=True``) joins each. If a task has no kept weight, because it was absent so far, all weights are
+    computed at once. A weighting that reads the losses after the step does so after every ``k``-th step only.
 
-    Of a weighting per sample each task's total is kept, since the next batch has other samples: in between it is spread
-    evenly over them. So tasks stay weighted, but samples are told apart at every ``k``-th step alone.
+    A weighting per sample keeps each task's total, since the next batch has other samples. In between the total is
+    spread evenly over the task's samples.
 
     Args:
         k: number of steps that share one set of weights.
@@ -83,4 +75,4 @@ def every(k: int, inner: Weighting) -> Weighting:
     >>> every(10, MGDA())(gramian=torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     tensor([0.7500, 0.2500])
     """
-    return _Every(k, inner)
+    return _Every(inner, k)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mtlweight._checks import expect
 from mtlweight._errors import MTLWeightError
-from mtlweight._view import State, View
-from mtlweight._weighting import Traits, Weighting, evaluate
-from mtlweight.compose._combinator import Combinator, substate
+from mtlweight._weighting import Traits, Weighting
+from mtlweight.compose._combinator import Wrapper
 
 
 @dataclass(frozen=True, repr=False)
-class _Normalize(Combinator):
-    inner: Weighting
+class _Normalize(Wrapper):
     total: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.total < math.inf:
-            raise MTLWeightError(f"normalize: expected a finite total > 0, found {self.total}.")
+        expect(self, "> 0", "total")
         if self.inner.writes == "entry":
             raise MTLWeightError(
                 f"normalize divides weights per task or per sample by their sum; found {self.inner!r}, which writes "
@@ -30,33 +27,17 @@ class _Normalize(Combinator):
             )
 
     @property
-    def parts(self) -> tuple[Weighting, ...]:
-        return (self.inner,)
-
-    @property
     def traits(self) -> Traits:
         inner = self.inner.traits
-        return Traits(
-            nonnegative=inner.nonnegative,
+        return replace(
+            inner,
             total=self.total if inner.nonnegative else None,
-            nonconflicting=inner.nonconflicting,
-            stationary=inner.stationary,
             scale_degree=None if inner.scale_degree is None else 0,
-            random=inner.random,
-            losses=inner.losses,
-            samples=inner.samples,
         )
 
-    def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
-        weights, inner = evaluate(self.inner, view, substate(state, 0))
-        return self._scaled(weights), {"0": inner}
-
-    def ahead(self, view: View, state: State) -> Tensor:
-        return self._scaled(super().ahead(view, state))
-
-    def _scaled(self, weights: Tensor) -> Tensor:
+    def changed(self, weights: Tensor) -> Tensor:
         size = weights.abs().amax()
-        weights = weights / torch.where(size > 0, size, 1.0)  # so that tiny and huge weights sum without loss
+        weights = weights / torch.where(size > 0, size, 1.0)  # so that tiny and huge weights can be summed
         sum_ = weights.abs().sum()
         return self.total * weights / torch.where(sum_ > 0, sum_, 1.0)
 

@@ -24,17 +24,7 @@ def numbers(values: PerTask) -> list[float]:
 
 
 def frozen(name: str, what: str, values: PerTask, *, low: float = -math.inf) -> PerTask:
-    """A private copy, so that the value cannot change under the optimizer.
-
-    Args:
-        name: the weighting, for the message.
-        what: the argument, for the message.
-        values: as the user gave them.
-        low: the smallest number allowed.
-
-    Raises:
-        MTLWeightError: if a number is not finite or too small.
-    """
+    """A copy, which the user cannot change later. Raises if a number is not finite or below ``low``."""
     fine = not isinstance(values, str) and all(
         isinstance(x, (int, float)) and math.isfinite(x) and x >= low for x in numbers(values)
     )
@@ -50,11 +40,7 @@ def frozen(name: str, what: str, values: PerTask, *, low: float = -math.inf) -> 
 
 
 def row(name: str, what: str, values: PerTask, view: View) -> Tensor:
-    """The present tasks' numbers, ``[m]``.
-
-    Raises:
-        MTLWeightError: if a task has none, or a sequence has another length than there are tasks with a place.
-    """
+    """The present tasks' numbers, ``[m]``. Raises if a task has none, or a sequence is not one number a known task."""
     tasks = view.tasks
     if isinstance(values, Mapping):
         missing = [task for task in tasks if task not in values]

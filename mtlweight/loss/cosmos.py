@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mtlweight._checks import expect
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Weighting
+from mtlweight.loss._domain import alive, unit
 from mtlweight.loss._per_task import PerTask, frozen, row
-from mtlweight.loss._unit import unit
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class COSMOS(Weighting):
     needs = Needs.LOSSES
 
     def __post_init__(self) -> None:
-        if not 0 <= self.penalty < math.inf:
-            raise MTLWeightError(f"COSMOS: expected a finite penalty >= 0, found {self.penalty}.")
+        expect(self, ">= 0", "penalty")
         if isinstance(self.preference, (int, float, str, Sequence, Mapping)):
             object.__setattr__(self, "preference", frozen("COSMOS", "preference", self.preference, low=0.0))
 
@@ -72,7 +71,7 @@ class COSMOS(Weighting):
             )
         direction = unit(preference)
         size = losses.abs().max()
-        if size < torch.finfo(size.dtype).tiny:
+        if not alive(size):
             return preference, state
         scaled = losses / size
         length = torch.linalg.vector_norm(scaled)

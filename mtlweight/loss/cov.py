@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtlweight._checks import nonnegative
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect, nonnegative
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.loss._domain import ratio
@@ -17,7 +15,7 @@ from mtlweight.loss._domain import ratio
 
 @dataclass(frozen=True)
 class CoV(Weighting):
-    """CoV-Weighting: a loss counts by its variation relative to its mean, so that what no longer moves drops out.
+    """CoV-Weighting: weighs a loss by how much it varies relative to its mean, so that one that is constant drops out.
 
     With the ratios ``r_t = ℓ_t / mean(ℓ_t before)``, whose mean ``μ_t`` and standard deviation ``σ_t`` over all steps
     are kept up to date, ``w_t = c_t / Σ_u c_u``, ``c_t = σ_t / μ_t``: the coefficients of variation before this step.
@@ -50,8 +48,7 @@ class CoV(Weighting):
     traits = Traits(nonnegative=True, total=1.0, scale_degree=0, losses="nonnegative")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.variance_floor < math.inf:
-            raise MTLWeightError(f"CoV: expected a finite variance_floor >= 0, found {self.variance_floor}.")
+        expect(self, ">= 0", "variance_floor")
 
     def init(self, view: View) -> State:
         """No history."""
@@ -66,10 +63,9 @@ class CoV(Weighting):
 
         known = count >= 2
         spread = (deviation / count.clamp(min=1) + self.variance_floor).sqrt()
-        # The mean ratio is above 0: the first one is 1.
-        variation = torch.where(known, spread / torch.where(known, mean, 1.0), 0.0)
+        variation = torch.where(known, spread / mean, 0.0)  # the mean ratio is above 0: the first one is 1
         total = variation.sum()
-        share = torch.where(total > 0, variation / torch.where(total > 0, total, 1.0), 1 / known.sum().clamp(min=1))
+        share = torch.where(total > 0, variation / total, 1 / known.sum())
         weights = torch.where(known, known.sum() / m * share, 1 / m)
 
         now = torch.where(count == 0, 1.0, ratio(losses, mean_loss))

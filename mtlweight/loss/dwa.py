@@ -27,7 +27,7 @@ class DWA(Weighting):
     Args:
         temperature: ``T``; large values make the weights equal. Default 2, the paper's.
         period: number of steps (in which the task is present) that are averaged into one loss. Default 1. The paper
-            averages over an epoch: pass the number of steps in yours.
+            averages over an epoch: pass its number of steps.
 
     Raises:
         MTLWeightError: if ``temperature`` is not positive or ``period < 1``.
@@ -35,8 +35,8 @@ class DWA(Weighting):
     >>> DWA()(losses=torch.tensor([3.0, 0.5]))
     tensor([1., 1.])
 
-    *Differs from the paper* in the default period, since a weighting does not know how long an epoch is. Of a loss that
-    was exactly zero, the ratio is taken as 1.
+    *Differs from the paper* in the default period, since a weighting does not know how long an epoch is. The ratio to a
+    loss of exactly zero is taken as 1.
 
     References:
         Liu, Johns, Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, arXiv 1803.10704, eq. 7.
@@ -60,14 +60,12 @@ class DWA(Weighting):
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """Softmax of the loss ratios of the two last finished periods."""
         history = view.gather(state["history"], torch.zeros(4, dtype=view.dtype))
-        before, last, total, count = history.unbind(dim=1)  # 0 before the first period's end
-        # Periods are equally long, so that the sums' ratio is that of the means. By 0 it is no number, or infinite.
-        ratio = (last / before).nan_to_num_(1.0, 1.0, 1.0)
-        weights = (ratio / self.temperature).softmax(dim=0).mul_(len(view.tasks))
-        total, zero = total + view.losses, torch.zeros_like(total)
-        history = torch.stack([last, total, zero, zero], dim=1)
-        if self.period > 1:
-            count = count + 1
-            running = torch.stack([before, last, total, count], dim=1)
-            history = torch.where(count[:, None] >= self.period, history, running)
+        before, last, total, count = history.unbind(dim=1)
+        # Periods are equally long, so the ratio of the sums is that of the means. Divided by 0 it is not finite.
+        ratio = (last / before).nan_to_num(1.0, 1.0, 1.0)
+        weights = len(view.tasks) * (ratio / self.temperature).softmax(dim=0)
+        total, count, zero = total + view.losses, count + 1, torch.zeros_like(total)
+        running = torch.stack([before, last, total, count], dim=1)
+        finished = torch.stack([last, total, zero, zero], dim=1)
+        history = torch.where(count[:, None] >= self.period, finished, running)
         return weights, {"history": view.scatter(state["history"], history)}

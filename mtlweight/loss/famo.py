@@ -9,8 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtlweight._checks import nonnegative
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect, expect_one_of, nonnegative
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.loss._domain import alive
@@ -29,8 +28,8 @@ class FAMO(Weighting):
     *Writes* ``[m]``, on the simplex. *State* per task: ``ξ``, for Adam its two moments and their age, and the last
     log-loss. *Cost* one forward pass of the same batch.
 
-    A task at its lower bound has weight 0 unless all are, and its logit rests for this step: there its gradient
-    vanishes and its logarithm does not exist.
+    A task at its lower bound has weight 0 unless all are there, and its logit stays for this step, since its loss has
+    no logarithm.
 
     Args:
         step_size: the logits' learning rate ``β``. Default 0.025, the paper's.
@@ -67,14 +66,9 @@ class FAMO(Weighting):
     layout = ("rule",)
 
     def __post_init__(self) -> None:
-        if not 0 < self.step_size < math.inf:
-            raise MTLWeightError(f"FAMO: expected a finite step_size > 0, found {self.step_size}.")
-        if not 0 <= self.decay < math.inf:
-            raise MTLWeightError(f"FAMO: expected a finite decay >= 0, found {self.decay}.")
-        if not 0 <= self.epsilon < math.inf:
-            raise MTLWeightError(f"FAMO: expected a finite epsilon >= 0, found {self.epsilon}.")
-        if self.rule not in ("adam", "gradient"):
-            raise MTLWeightError(f"FAMO: expected rule to be 'adam' or 'gradient', found {self.rule!r}.")
+        expect(self, "> 0", "step_size")
+        expect(self, ">= 0", "decay", "epsilon")
+        expect_one_of(self, "rule", "adam", "gradient")
         object.__setattr__(self, "ideal", frozen("FAMO", "ideal", self.ideal))
 
     @property
@@ -118,22 +112,16 @@ class FAMO(Weighting):
         z = torch.where(moves, logits, -math.inf).softmax(dim=0)
         slope = z * (delta - (z * delta).sum()) + self.decay * logits
         if self.rule == "gradient":
-            stepped = logits - self.step_size * slope
-            return {**state, "logit": view.scatter(state["logit"], torch.where(moves, stepped, logits))}
-
-        first = 0.9 * view.gather(state["first"]) + 0.1 * slope
-        second = 0.999 * view.gather(state["second"]) + 0.001 * slope**2
-        age = view.gather(state["age"]) + 1
-        rate = self.step_size / (1 - 0.9**age)
-        stepped = logits - rate * first / ((second / (1 - 0.999**age)).sqrt() + 1e-8)
-        values = {"logit": stepped, "first": first, "second": second, "age": age}
-        return {
-            **state,
-            **{
-                name: view.scatter(state[name], torch.where(moves, value, view.gather(state[name])))
-                for name, value in values.items()
-            },
-        }
+            values = {"logit": logits - self.step_size * slope}
+        else:
+            first = 0.9 * view.gather(state["first"]) + 0.1 * slope
+            second = 0.999 * view.gather(state["second"]) + 0.001 * slope**2
+            age = view.gather(state["age"]) + 1
+            rate = self.step_size / (1 - 0.9**age)
+            stepped = logits - rate * first / ((second / (1 - 0.999**age)).sqrt() + 1e-8)
+            values = {"logit": stepped, "first": first, "second": second, "age": age}
+        kept = {name: torch.where(moves, value, view.gather(state[name])) for name, value in values.items()}
+        return {**state, **{name: view.scatter(state[name], value) for name, value in kept.items()}}
 
     def _above(self, view: View) -> Tensor:
         return view.losses - row("FAMO", "ideal", self.ideal, view)

@@ -15,7 +15,7 @@ from mtlweight.loss._domain import alive
 
 @dataclass(frozen=True)
 class GLS(Weighting):
-    """Minimises the geometric mean of the losses, so that a loss counts by its relative, not its absolute, change.
+    """Minimises the geometric mean of the losses, so that relative changes of a loss matter, not absolute ones.
 
     The scalar is ``f = (∏_t ℓ_t)^(1/m)``, written as the weights ``w_t = ∂f/∂ℓ_t = f / (m ℓ_t)``; ``m`` is the number
     of tasks present.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtlweight._checks import nonnegative
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect, nonnegative
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.loss._domain import alive
@@ -18,18 +16,17 @@ from mtlweight.loss._implicit import implicit_step
 
 @dataclass(frozen=True)
 class IMTLL(Weighting):
-    """IMTL-L: each loss gets a learned scale that pulls it towards 1, so that no task counts by its unit.
+    """IMTL-L: each loss gets a learned scale that pulls it towards 1, so that its unit does not matter.
 
     ``w_t = exp(s_t)``; the scales ``s_t`` descend on ``exp(s_t) ℓ_t - s_t``, whose minimum is ``exp(s_t) ℓ_t = 1``.
     Each step is implicit, ``s_t' = s_t - η (exp(s_t') ℓ_t - 1)``: for small ``η`` it equals gradient descent, and it
     stays stable for losses of any size.
 
-    *Reads* the losses, which must be >= 0. *Writes* ``[m]``, positive. *State* ``s_t`` per task: in the weighting, so
-    that neither weight decay nor momentum touch it. *Cost* none.
+    *Reads* the losses, which must be >= 0. *Writes* ``[m]``, positive. *State* ``s_t`` per task, which
+    no weight decay or momentum touches. *Cost* none.
 
-    With ``s = -log σ²`` this is :class:`UW` up to a factor of two, as its authors say; here, where both terms of UW are
-    doubled, the weights are the same number for number as long as no loss is zero. Where a loss is exactly zero, its
-    scale rests: the objective has no minimum there.
+    With ``s = -log σ²`` this is :class:`UW`, and the weights are the same as long as no loss is zero. In the paper they
+    differ by a factor of two. The scale of a loss of exactly zero stays: the objective has no minimum there.
 
     Args:
         step_size: ``η``. Default 0.02, ours, as in :class:`UW`; the paper trains ``s`` by the network's optimizer.
@@ -55,10 +52,8 @@ class IMTLL(Weighting):
     traits = Traits(nonnegative=True, losses="nonnegative")
 
     def __post_init__(self) -> None:
-        if not 0 < self.step_size < math.inf:
-            raise MTLWeightError(f"IMTLL: expected a finite step_size > 0, found {self.step_size}.")
-        if not math.isfinite(self.initial):
-            raise MTLWeightError(f"IMTLL: expected a finite initial log-scale, found {self.initial}.")
+        expect(self, "> 0", "step_size")
+        expect(self, "finite", "initial")
 
     def init(self, view: View) -> State:
         """No task is known."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mtlweight._checks import expect
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
+from mtlweight.loss._domain import unit
 from mtlweight.loss._per_task import PerTask, frozen, numbers, row
-from mtlweight.loss._unit import unit
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class PBI(Weighting):
     needs = Needs.LOSSES
 
     def __post_init__(self) -> None:
-        if not 0 <= self.penalty < math.inf:
-            raise MTLWeightError(f"PBI: expected a finite penalty >= 0, found {self.penalty}.")
+        expect(self, ">= 0", "penalty")
         object.__setattr__(self, "preference", frozen("PBI", "preference", self.preference, low=0.0))
         object.__setattr__(self, "ideal", frozen("PBI", "ideal", self.ideal))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mtlweight._checks import nonnegative
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect, nonnegative
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.loss._domain import ratio
@@ -27,8 +25,8 @@ class ReLoBRaLo(Weighting):
     all tasks are present. *State* per task: weight, last loss, first loss and, up to 2, the number of steps. *Cost*
     none.
 
-    A task's first weight is 1, its second is ``b(k - 1)``, as in the official code. Against a loss that was exactly
-    zero, the ratio is taken as 1.
+    A task's first weight is 1, its second is ``b(k - 1)``, as in the official code. The ratio to a loss of exactly zero
+    is taken as 1.
 
     Args:
         decay: ``α``. Default 0.999, the official code's.
@@ -57,12 +55,9 @@ class ReLoBRaLo(Weighting):
     needs = Needs.LOSSES
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise MTLWeightError(f"ReLoBRaLo: expected decay in [0, 1), found {self.decay}.")
-        if not 0 < self.temperature < math.inf:
-            raise MTLWeightError(f"ReLoBRaLo: expected a finite temperature > 0, found {self.temperature}.")
-        if not 0 <= self.memory <= 1:
-            raise MTLWeightError(f"ReLoBRaLo: expected memory in [0, 1], found {self.memory}.")
+        expect(self, "in [0, 1)", "decay")
+        expect(self, "> 0", "temperature")
+        expect(self, "in [0, 1]", "memory")
 
     @property
     def traits(self) -> Traits:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mtlweight._checks import nonnegative
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
-from mtlweight.loss._domain import alive
+from mtlweight.loss._domain import inverse
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,4 @@ class SI(Weighting):
 
     def weigh(self, view: View, state: State) -> tuple[Tensor, State]:
         """The inverse losses."""
-        losses = nonnegative("SI", view)
-        counts = alive(losses)
-        return torch.where(counts, 1 / torch.where(counts, losses, 1.0), 0.0), state
+        return inverse(nonnegative("SI", view)), state

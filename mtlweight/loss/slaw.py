@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 
@@ -17,8 +17,8 @@ class SLAW(Weighting):
     """Brings all tasks' gradients to about the same norm, with the norms estimated from how much the losses vary.
 
     ``w_t = m (1 / s_t) / Σ_u (1 / s_u)`` with the running standard deviation ``s_t = sqrt(a_t - b_t²)``, where ``a_t``
-    and ``b_t`` are moving averages of ``ℓ_t²`` and ``ℓ_t`` with decay ``β``. What an optimizer's step changes in a loss
-    is proportional to its gradient's norm, so ``s_t`` stands for it and no backward pass is needed.
+    and ``b_t`` are moving averages of ``ℓ_t²`` and ``ℓ_t`` with decay ``β``. An optimizer's step changes a loss in
+    proportion to its gradient's norm, so ``s_t`` estimates that norm without a backward pass.
 
     *Reads* the losses. *Writes* ``[m]``, positive, with sum ``m``. *State* per task: moving average and variance, and
     the number of steps up to ``1 / (1 - β)``. *Cost* none.
@@ -52,10 +52,8 @@ class SLAW(Weighting):
     traits = Traits(nonnegative=True, total="m", scale_degree=0)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise MTLWeightError(f"SLAW: expected decay in [0, 1), found {self.decay}.")
-        if not 0 < self.floor < 1:
-            raise MTLWeightError(f"SLAW: expected floor in (0, 1), found {self.floor}.")
+        expect(self, "in [0, 1)", "decay")
+        expect(self, "in (0, 1)", "floor")
 
     def init(self, view: View) -> State:
         """No history."""
@@ -75,9 +73,8 @@ class SLAW(Weighting):
         estimate = torch.maximum(deviation, self.floor * torch.hypot(deviation, mean))
         known = (count > 1) & (estimate > 0)
         least = torch.where(known, estimate, torch.inf).min()
-        inverse = torch.where(known, least / torch.where(known, estimate, 1.0), 0.0)
-        total = inverse.sum()
-        weights = torch.where(known, known.sum() * inverse / torch.where(total > 0, total, 1.0), 1.0)
+        inverse = torch.where(known, least / estimate, 0.0)
+        weights = torch.where(known, known.sum() * inverse / inverse.sum(), 1.0)
         return weights, {
             "count": view.scatter(state["count"], count.clamp(max=1 / (1 - self.decay) + 1)),
             "mean": view.scatter(state["mean"], mean),

@@ -9,8 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtlweight._checks import expect_count, nonnegative
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect, expect_count, expect_one_of, nonnegative
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 
@@ -28,8 +27,8 @@ class SoftAdapt(Weighting):
     *Reads* the losses. *Writes* ``[m]``, on the simplex. *State* per task: the last ``order + 1`` losses and their
     number. *Cost* none.
 
-    A task with fewer losses has slope 0. So the weights start equal (or proportional to the losses). All-zero losses
-    are weighted equally.
+    A task with fewer losses has slope 0, so the weights start equal (or proportional to the losses). If all losses are
+    zero, the weights are equal.
 
     Args:
         sharpness: ``β``; negative values prefer tasks that improve fast. Default 0.1, the paper's.
@@ -64,14 +63,10 @@ class SoftAdapt(Weighting):
     layout = ("order",)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.sharpness):
-            raise MTLWeightError(f"SoftAdapt: expected a finite sharpness, found {self.sharpness}.")
+        expect(self, "finite", "sharpness")
         expect_count("SoftAdapt", "order", self.order)
-        variants = ("original", "normalized", "loss-weighted")
-        if self.variant not in variants:
-            raise MTLWeightError(f"SoftAdapt: expected variant to be one of {variants}, found {self.variant!r}.")
-        if self.slope_at not in ("newest", "oldest"):
-            raise MTLWeightError(f"SoftAdapt: expected slope_at to be 'newest' or 'oldest', found {self.slope_at!r}.")
+        expect_one_of(self, "variant", "original", "normalized", "loss-weighted")
+        expect_one_of(self, "slope_at", "newest", "oldest")
 
     @property
     def traits(self) -> Traits:

@@ -9,11 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mtlweight._checks import expect_count, nonnegative
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect, expect_count, expect_one_of, nonnegative
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
-from mtlweight.loss._domain import alive
+from mtlweight.loss._domain import alive, inverse
 from mtlweight.loss._per_task import PerTask, frozen, row
 
 
@@ -65,10 +64,8 @@ class STCH(Weighting):
     layout = ("form",)
 
     def __post_init__(self) -> None:
-        if not 0 < self.smoothing < math.inf:
-            raise MTLWeightError(f"STCH: expected a finite smoothing > 0, found {self.smoothing}.")
-        if self.form not in ("paper", "official"):
-            raise MTLWeightError(f"STCH: expected form to be 'paper' or 'official', found {self.form!r}.")
+        expect(self, "> 0", "smoothing")
+        expect_one_of(self, "form", "paper", "official")
         expect_count("STCH", "period", self.period)
         if self.preference is not None:
             object.__setattr__(self, "preference", frozen("STCH", "preference", self.preference, low=0.0))
@@ -98,17 +95,11 @@ class STCH(Weighting):
     def _official(self, view: View, state: State) -> tuple[Tensor, State]:
         losses = nonnegative("STCH", view)
         total, count = view.gather(state["sum"]), view.gather(state["count"])
-        counts = alive(losses)
-        inverse = torch.where(counts, 1 / torch.where(counts, losses, 1.0), 0.0)
-
         known = (count >= self.period) & alive(total)
-        nadir = torch.where(known, total / count.clamp(min=1), 1.0)
-        logs = torch.where(counts, (losses / nadir).log(), -math.inf) / self.smoothing
-        logs = torch.where(known, logs, -math.inf)
-        top = logs.max()
-        shares = torch.where(logs > -math.inf, (logs - top).exp(), 0.0)
-        shares = shares / torch.where(top > -math.inf, shares.sum(), 1.0)
-        weights = inverse * torch.where(known, known.sum() * shares, 1.0)
+        relative = losses / (total / count)
+        part = known & alive(losses) & alive(relative)
+        shares = torch.where(part, relative.log() / self.smoothing, -math.inf).softmax(dim=0)  # NaN if none is part
+        weights = inverse(losses) * torch.where(known, known.sum() * torch.where(part, shares, 0.0), 1.0)
 
         more = (~known).to(losses.dtype)
         return weights, {

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from mtlweight._checks import nonnegative
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect, nonnegative
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import Traits, Weighting
 from mtlweight.loss._implicit import implicit_step
@@ -23,11 +21,11 @@ class UW(Weighting):
     gradient descent, and it stays stable for losses of any size, where explicit descent overshoots once ``ℓ_t`` is
     large.
 
-    *Reads* the losses, which must be >= 0. *Writes* ``[m]``, positive. *State* ``s_t`` per task: in the weighting, not
-    in the optimizer, so that neither weight decay nor momentum touch it. *Cost* none.
+    *Reads* the losses, which must be >= 0. *Writes* ``[m]``, positive. *State* ``s_t`` per task, which
+    no weight decay or momentum touches. *Cost* none.
 
-    The objective ``Σ_t exp(-s_t) ℓ_t + s_t`` becomes negative once losses are small, which is as it should be: a
-    density may exceed 1. ``optimizer.combine`` returns the plain sum of the losses, so no negative total is seen.
+    The objective ``Σ_t exp(-s_t) ℓ_t + s_t`` may become negative, since a density may exceed 1; the value that
+    ``optimizer.combine`` returns does not, since it is the plain sum of the losses.
 
     Args:
         step_size: ``η``. Default 0.02, ours; the paper trains ``s`` by the network's optimizer and states no rate of
@@ -42,8 +40,8 @@ class UW(Weighting):
     tensor([1., 1.])
 
     *Differs from the paper*: both terms are doubled (``ℓ + log σ²`` for ``ℓ/2 + log σ``), as in common use; the minimum
-    is the same. At a loss of exactly 0, as of a constraint that is met, there is no minimum, and ``s`` rests: it would
-    fall for ever, and the weight grow beyond any number.
+    is the same. At a loss of exactly 0, such as a constraint that is met, the objective has no minimum, and ``s``
+    stays instead of falling for ever.
 
     References:
         Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018, arXiv 1705.07115,
@@ -57,10 +55,8 @@ class UW(Weighting):
     traits = Traits(nonnegative=True, losses="nonnegative")
 
     def __post_init__(self) -> None:
-        if not 0 < self.step_size < math.inf:
-            raise MTLWeightError(f"UW: expected a finite step_size > 0, found {self.step_size}.")
-        if not math.isfinite(self.initial):
-            raise MTLWeightError(f"UW: expected a finite initial, found {self.initial}.")
+        expect(self, "> 0", "step_size")
+        expect(self, "finite", "initial")
 
     def init(self, view: View) -> State:
         """No task is known."""
@@ -71,4 +67,4 @@ class UW(Weighting):
         losses = nonnegative("UW", view)
         s = view.gather(state["log_variance"], self.initial)
         stepped = implicit_step(s, losses, self.step_size)
-        return s.neg().exp_(), {"log_variance": view.scatter(state["log_variance"], stepped)}
+        return (-s).exp(), {"log_variance": view.scatter(state["log_variance"], stepped)}

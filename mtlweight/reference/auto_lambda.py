@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mtlweight._checks import expect
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import ReferenceUse, Traits, Weighting
@@ -16,12 +16,12 @@ from mtlweight._weighting import ReferenceUse, Traits, Weighting
 
 @dataclass(frozen=True)
 class AutoLambda(Weighting):
-    """All tasks' weights are learned so that the step they make lowers the main tasks' loss on other data.
+    """Learns all tasks' weights so that the weighted step lowers the main tasks' loss on other data.
 
-    ``λ`` descends on ``L_ref(θ')`` with ``θ' = θ - α Σ_t λ_t ∇ℓ_t(θ)`` one step ahead. Its derivative is
-    ``∂L_ref(θ') / ∂λ_t = -α <∇ℓ_t(θ), ∇L_ref(θ')>``: the alignment, with the reference's gradient taken ahead and the
-    tasks' gradients here. ``λ`` takes one step of Adam on it, then ``w_t = max(0, λ_t)``; the main tasks learn theirs
-    as the others do.
+    ``λ`` descends on ``L_ref(θ')`` with the look-ahead ``θ' = θ - α Σ_t λ_t ∇ℓ_t(θ)``. Its derivative is
+    ``∂L_ref(θ') / ∂λ_t = -α <∇ℓ_t(θ), ∇L_ref(θ')>``: the alignment, with the reference's gradient at ``θ'`` and the
+    tasks' gradients at ``θ``. ``λ`` takes one step of Adam on it, then ``w_t = max(0, λ_t)``; the main tasks' weights
+    are learned like the others.
 
     *Reads* the alignment. *Writes* ``[m]``, non-negative. *State* per task: ``λ`` and Adam's two averages and count.
     *Cost* a forward, a backward and a step to look ahead, the reference's forward and backward, and one more forward.
@@ -67,10 +67,8 @@ class AutoLambda(Weighting):
     traits = Traits(nonnegative=True, scale_degree=0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.step_size < math.inf:
-            raise MTLWeightError(f"AutoLambda: expected a finite step_size > 0, found {self.step_size}.")
-        if not 0 <= self.initial < math.inf:
-            raise MTLWeightError(f"AutoLambda: expected a finite initial >= 0, found {self.initial}.")
+        expect(self, "> 0", "step_size")
+        expect(self, ">= 0", "initial")
         if not all(0 <= decay < 1 for decay in self.decay):
             raise MTLWeightError(f"AutoLambda: expected two decays in [0, 1), found {self.decay}.")
         ReferenceUse.of("AutoLambda", self.main, scope=self.scope)

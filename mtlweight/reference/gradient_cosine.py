@@ -13,7 +13,7 @@ from mtlweight._weighting import ReferenceUse, Traits, Weighting
 
 @dataclass(frozen=True)
 class GradientCosine(Weighting):
-    """An auxiliary task counts as much as its gradient points where the main task's does, and not at all if it opposes.
+    """Weighs an auxiliary task by the cosine of its gradient with the main task's, and by 0 if they conflict.
 
     ``w_t = max(0, cos(g_t, g_ref))`` for each auxiliary task, or ``w_t = 1`` if ``cos(g_t, g_ref) >= 0`` and else 0;
     the main task has weight 1. ``g_t`` is the gradient of task ``t`` over the shared parameters, ``g_ref`` the gradient
@@ -21,7 +21,7 @@ class GradientCosine(Weighting):
 
     *Reads* the alignment with the reference's unit gradient; with ``weighted`` the Gramian too, for the norms
     ``|g_t|``. *Writes* ``[m]``, in ``[0, 1]``. *State* none. *Cost* the reference's forward and backward and one more
-    forward; with ``weighted`` ``m - 1`` backwards besides.
+    forward; with ``weighted`` another ``m - 1`` backwards.
 
     Args:
         main: name of the task that the reference belongs to; or several, with a reference for each, whose sum counts.
@@ -34,8 +34,8 @@ class GradientCosine(Weighting):
     >>> GradientCosine("0", weighted=False)(alignment=alignment)
     tensor([1., 1., 0.])
 
-    *Differs from the paper* in nothing, if the reference is the main task's loss on the same batch. Of a gradient of
-    zero the cosine is taken as 0.
+    *Differs from the paper* in nothing, if the reference is the main task's loss on the same batch. The cosine of a
+    zero gradient is taken as 0.
 
     References:
         Du, Czarnecki, Jayakumar, Farajtabar, Pascanu, Lakshminarayanan, "Adapting Auxiliary Losses Using Gradient

@@ -1,16 +1,14 @@
-"""Auxiliary tasks by how much their gradients have served the main task over the last steps."""
+"""Auxiliary tasks weighted by how much their gradients helped the main task over the last steps."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mtlweight._checks import expect_count
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect, expect_count
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import ReferenceUse, Traits, Weighting
 
@@ -61,11 +59,9 @@ class OLAUX(Weighting):
     traits = Traits(nonnegative=True)
 
     def __post_init__(self) -> None:
-        if not 0 < self.step_size < math.inf:
-            raise MTLWeightError(f"OLAUX: expected a finite step_size > 0, found {self.step_size}.")
+        expect(self, "> 0", "step_size")
+        expect(self, ">= 0", "initial")
         expect_count("OLAUX", "horizon", self.horizon)
-        if not 0 <= self.initial < math.inf:
-            raise MTLWeightError(f"OLAUX: expected a finite initial >= 0, found {self.initial}.")
         ReferenceUse.of("OLAUX", self.main, scope=self.scope)
 
     @property

@@ -1,4 +1,4 @@
-"""From alignments to weights, the part that all weightings per sample have in common."""
+"""From alignments to weights per sample."""
 
 from __future__ import annotations
 
@@ -12,35 +12,25 @@ Among = Literal["all", "task"]
 
 
 def shares_of_help(alignment: Tensor, among: Among) -> Tensor:
-    """``max(0, a) / Σ max(0, a)``; 0 where nothing helps. Alignments of any size sum without loss.
-
-    Args:
-        alignment: ``[m, b]``.
-        among: what the sum is over.
-    """
+    """``max(0, a) / Σ max(0, a)`` of the alignment ``a``, ``[m, b]``; all 0 where nothing helps."""
     dim = _dim(among)
-    helpful = alignment.clamp(min=0)
-    largest = helpful.amax(dim, keepdim=True)
-    helpful = helpful / torch.where(largest > 0, largest, 1.0)
+    helpful = _scaled(alignment.clamp(min=0), dim)
     return helpful / helpful.sum(dim, keepdim=True).clamp(min=1.0)
 
 
 def softmax_of_help(alignment: Tensor, among: Among, temperature: float, labelled: Tensor) -> Tensor:
-    """``softmax(a / (T s))`` with ``s`` the root mean square of the alignments, so that their unit does not matter.
-
-    Args:
-        alignment: ``[m, b]``.
-        among: what softmax and mean are over.
-        temperature: ``T``.
-        labelled: ``[m, b]``, the samples that take part; the others get 0.
-    """
+    """``softmax(a / (T s))`` over the labelled samples, 0 for others; ``a``, ``[m, b]``, has root mean square ``s``."""
     dim = _dim(among)
-    largest = alignment.abs().amax(dim, keepdim=True)
-    unit = alignment / torch.where(largest > 0, largest, 1.0)
+    unit = _scaled(alignment, dim)
     size = (unit.square().sum(dim, keepdim=True) / labelled.sum(dim, keepdim=True)).sqrt()
     logits = (unit / (temperature * torch.where(size > 0, size, 1.0))).where(labelled, -torch.inf)
-    powers = (logits - logits.amax(dim, keepdim=True)).exp()
-    return powers / powers.sum(dim, keepdim=True)
+    return (logits - logits.logsumexp(dim, keepdim=True)).exp()
+
+
+def _scaled(values: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Divided by the largest absolute value, so that sums neither overflow nor vanish."""
+    largest = values.abs().amax(dim, keepdim=True)
+    return values / torch.where(largest > 0, largest, 1.0)
 
 
 def _dim(among: Among) -> tuple[int, ...]:

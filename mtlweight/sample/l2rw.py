@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from mtlweight._errors import MTLWeightError
+from mtlweight._checks import expect
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import ReferenceUse, Traits, Weighting
 from mtlweight.sample._shares import shares_of_help
@@ -16,13 +15,13 @@ from mtlweight.sample._shares import shares_of_help
 
 @dataclass(frozen=True)
 class L2RW(Weighting):
-    """Within each task, a sample counts as much as its gradient serves a held-out objective.
+    """Within each task, weighs a sample by how much its gradient helps a held-out objective.
 
     ``w[t, i] = max(0, a[t, i]) / Σ_j max(0, a[t, j])`` with the alignment ``a[t, i] = <∇ℓ[t, i], ∇L_ref>``. The paper
-    derives it for one task: a step with weights ``ε``, the derivative of the held-out loss after it in ``ε`` at
-    ``ε = 0``, rectified and normalised over the batch. At ``ε = 0`` the step leads nowhere, so that all gradients are
-    taken where the parameters are. With several tasks each keeps one objective's worth, and only its samples compete;
-    :class:`SLGrad` lets tasks compete too.
+    derives it for one task, as the derivative of the held-out loss after a step with weights ``ε``, by ``ε`` at
+    ``ε = 0``, rectified and normalised over the batch. At ``ε = 0`` the parameters do not move, so all gradients are
+    taken at the same point. With several tasks the samples of each compete with each other; in :class:`SLGrad` tasks
+    compete too.
 
     *Reads* the alignment per sample. *Writes* ``[m, b]``, non-negative; each task's sum is ``total``, or 0 if none of
     its samples helps. *State* none. *Cost* the reference's forward and backward, and about one more forward if losses
@@ -63,8 +62,7 @@ class L2RW(Weighting):
 
     def __post_init__(self) -> None:
         ReferenceUse.of("L2RW", self.main, scope=self.scope)
-        if not 0 < self.total < math.inf:
-            raise MTLWeightError(f"L2RW: expected a finite total > 0, found {self.total}.")
+        expect(self, "> 0", "total")
 
     @property
     def reference(self) -> ReferenceUse:

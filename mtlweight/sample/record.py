@@ -1,9 +1,9 @@
-"""What each sample of a data set has weighed, and how it was aligned: to find mislabelled data."""
+"""A record of what each sample of a data set has weighed and how it was aligned, to find mislabelled data."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,16 +17,19 @@ from mtlweight._report import Report
 
 
 class _Seen(NamedTuple):
-    """What was recorded in one task, in the order in which it was seen; tensors ``[k]`` on the host."""
+    """One task's record in the order in which its samples were seen; tensors ``[k]``."""
 
-    time: Tensor  # which recorded step it was
+    time: Tensor  # number of the recorded step
     position: Tensor
-    weight: Tensor
+    weight: Tensor  # NaN without a label, until the record is settled
     alignment: Tensor  # NaN where none was measured
+
+    def at(self, index: Tensor) -> _Seen:
+        return _Seen(*(column[index] for column in self))
 
 
 class _Table(NamedTuple):
-    """The columns of :meth:`SampleWeights.table` after the task; one entry a sample, by position."""
+    """The columns of :meth:`SampleWeights.table`, sorted by position."""
 
     position: Tensor
     seen: Tensor
@@ -37,24 +40,25 @@ class _Table(NamedTuple):
     alignment: Tensor
 
 
-_COLUMNS = ("index", *_Table._fields[1:])  # a tuple has an index of its own
+_COLUMNS = ("index", *_Table._fields[1:])  # `index` is a method of tuples
 By = Literal["alignment", "weight"] | None
+Row = dict[str, str | int | float | None]
 
 
 @dataclass(eq=False)  # tensors do not compare to one truth
 class SampleWeights:
-    """A record of weights and alignments per sample by position in the data set, over epochs.
+    """A record of weights and alignments per sample, by position in the data set, over epochs.
 
     Give it the optimizer's report after each step, with the positions of the batch's samples (let the data set return
-    them). It keeps *relative* weights, ``w / mean(w)`` over all labelled samples of the batch's tasks: 1 is what a
-    sample counts for if all count the same, whatever the batch's size and the weights' sum. Where the weighting reads
-    alignments, it keeps ``a / mean(|a|)`` over the same samples, since the reference's gradient has another norm in
-    each step. Nothing is copied to the host before a result is asked for.
+    them). It keeps *relative* weights, ``w / mean(w)`` over all labelled samples of the batch's tasks: 1 is the weight
+    of a sample if all have the same, whatever the batch's size and the weights' sum. Where the weighting reads
+    alignments, it keeps ``a / mean(|a|)`` over the same samples, since the norm of the reference's gradient varies from
+    step to step. Nothing is copied to the host before a result is asked for.
 
-    A sample that is seen several times has the mean of its relative values, in which each time counts the same.
+    The values of a sample that is seen several times are averaged.
 
     Micro-batches of one step are recorded together, once after the step, with the positions of all of them in order.
-    Of several processes each records its own samples; :meth:`merge` makes one record of theirs.
+    Of several processes each records its own samples; :meth:`merge` joins their records.
 
     >>> from mtlweight import Report
     >>> record = SampleWeights()
@@ -72,30 +76,29 @@ class SampleWeights:
     """
 
     _seen: dict[str, _Seen] = field(default_factory=dict, repr=False)
-    _waiting: list[tuple[tuple[str, ...], Tensor, Tensor, Tensor, Tensor, Tensor]] = field(
-        default_factory=list, repr=False
-    )
+    _waiting: dict[str, list[_Seen]] = field(default_factory=dict, repr=False)  # still on the device
     _count: int = 0
     _step: int = 0
     _last: Tensor | None = field(default=None, repr=False)
 
     def add(self, report: Report, index: Tensor | list[int]) -> None:
-        """Records one step; the report that was recorded last, as it stands after a skipped step, is passed over.
+        """Records one step. After a skipped step the report is still the last one, and is not recorded twice.
 
         Args:
-            report: ``optimizer.report`` after the step. Of several processes each records its own samples.
+            report: ``optimizer.report`` after the step.
             index: ``[b]``, the samples' positions in the data set: of all micro-batches, or parts, in their order.
 
         Raises:
-            MTLWeightError: if the weights are not per sample, or there are not as many positions as samples, or they
-                are no whole numbers. Nothing is recorded then.
+            MTLWeightError: if the weights are not per sample, or ``index`` is not one whole number a sample. Nothing is
+                recorded then.
         """
         if not isinstance(report, Report):
             raise MTLWeightError(
                 f"SampleWeights: expected the optimizer's report, found {type(report).__name__}. Pass optimizer.report."
             )
         weights = report.weights
-        if weights is None or self._has(report.step, weights):  # the first step was skipped, or a later one
+        last = self._last if report.step == self._step else None
+        if weights is None or (last is not None and torch.equal(weights, last.to(weights.device))):
             return
         reports = [report]
         while reports[0].earlier is not None:
@@ -107,7 +110,7 @@ class SampleWeights:
                 "position with each sample."
             )
         found = [_relative(each) for each in reports]
-        sizes = [weight.shape[1] for weight, _, _ in found]
+        sizes = [weight.shape[1] for weight, _ in found]
         if index.shape != (sum(sizes),):
             parts = f" of {len(sizes)} micro-batches" if len(sizes) > 1 else ""
             raise MTLWeightError(
@@ -115,24 +118,24 @@ class SampleWeights:
                 f"shape {list(index.shape)}. Let the data set return the position with each sample."
             )
         for each, part, columns in zip(reports, index.long().split(sizes), found, strict=True):
-            self._waiting.append((each.tasks, torch.full_like(part, self._count), part, *columns))
+            time = torch.full_like(part, self._count)
+            for task, weight, alignment in zip(each.tasks, *columns, strict=True):
+                self._waiting.setdefault(task, []).append(_Seen(time, part, weight, alignment))
         self._count, self._step, self._last = self._count + 1, report.step, weights
 
     @classmethod
     def merge(cls, records: Iterable[SampleWeights]) -> SampleWeights:
-        """One record of all that several processes or workers have recorded.
+        """Joins the records of several processes or workers, which stay as they are.
 
-        What the k-th step of each has counts as seen at the same time. So the records of processes that take their
-        steps together become the record of one process on the joined batches.
-
-        To gather them in every process:
+        The k-th steps of all are taken to be the same step. So processes that step together get the record that one
+        process would have of the joined batches. To gather the records in every process:
 
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, record.state_dict())
             whole = SampleWeights.merge(map(SampleWeights.from_state_dict, states))
 
         Args:
-            records: in the order of the processes. They stay as they are.
+            records: in the order of the processes.
 
         Raises:
             MTLWeightError: if there is none, or one is no record.
@@ -147,9 +150,8 @@ class SampleWeights:
         merged = cls(_count=max(r._count for r in records), _step=records[0]._step, _last=records[0]._last)
         for task in dict.fromkeys(task for record in records for task in record.tasks):
             parts = [seen[task] for record in records if task in (seen := record._settled())]
-            joined = _Seen(*map(torch.cat, zip(*parts, strict=True)))
-            order = joined.time.argsort(stable=True)
-            merged._seen[task] = _Seen(*(column[order] for column in joined))
+            joined = _joined(parts)
+            merged._seen[task] = joined.at(joined.time.argsort(stable=True))
         return merged
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,10 +161,10 @@ class SampleWeights:
         return {"count": self._count, "step": self._step, "last": last, "seen": seen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes back to what :meth:`state_dict` gave; what was recorded since is forgotten.
+        """Replaces the record by what :meth:`state_dict` returned.
 
         Raises:
-            MTLWeightError: if it is anything else. The record is as it was then.
+            MTLWeightError: if it is anything else. The record stays as it was.
         """
         try:
             count, step, last = (state_dict[key] for key in ("count", "step", "last"))
@@ -176,11 +178,11 @@ class SampleWeights:
                 f"{', '.join(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__}. "
                 "Pass what state_dict() returned."
             )
-        self._count, self._step, self._last, self._seen, self._waiting = count, step, last, seen, []
+        self._count, self._step, self._last, self._seen, self._waiting = count, step, last, seen, {}
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any]) -> SampleWeights:
-        """A new record that goes on from a :meth:`state_dict`."""
+        """A new record that continues a :meth:`state_dict`."""
         record = cls()
         record.load_state_dict(state_dict)
         return record
@@ -194,47 +196,45 @@ class SampleWeights:
     def rank(self, task: str, *, by: By = None, skip: int = 0) -> list[int]:
         """The positions of all samples seen in a task, the most suspicious first.
 
-        By alignment: first those whose gradient opposed the reference's in the largest share of the times; among these
-        those with the most negative mean relative alignment. By weight: those with the lowest mean relative weight.
-        What ties is in the order of the positions. Samples without any alignment come last.
+        By alignment: by the share of times in which a sample's gradient opposed the reference's, largest first; then by
+        the mean relative alignment, lowest first. By weight: by the mean relative weight, lowest first. Ties are in the
+        order of the positions, samples without any alignment last.
 
-        A label may be wrong in one task and right in another, so that there is no rank over all tasks.
+        Each task has a rank of its own, since a label may be wrong in one task and right in another.
 
         Args:
             task: the task.
-            by: ``"alignment"``; or ``"weight"``, which cannot tell samples apart that were always dropped. Left out, it
-                is the alignment, or the weight if the task has none, as with a weighting that reads no alignments.
-            skip: how many of each sample's first times to leave out, when the model knew little.
+            by: ``"alignment"``; or ``"weight"``, which cannot tell apart samples that were always dropped. Default: the
+                alignment, or the weight if the weighting reads no alignments.
+            skip: how many of each sample's first times to leave out, when the model knew little. Default 0.
 
         Raises:
             MTLWeightError: if the task was not recorded, or has no alignments to rank by.
         """
-        table = self._table(task, skip)
-        found: list[int] = table.position[self._levels(task, table, by).argsort(stable=True)].tolist()
+        table, levels = self._ranked(task, by, skip)
+        found: list[int] = table.position[levels.argsort(stable=True)].tolist()
         return found
 
-    def to_table(
-        self, task: str | None = None, *, by: By = None, skip: int = 0
-    ) -> list[dict[str, str | int | float | None]]:
-        """The rows of :meth:`table` in the order of :meth:`rank`: the most suspicious first, task after task."""
-        rows = []
+    def to_table(self, task: str | None = None, *, by: By = None, skip: int = 0) -> list[Row]:
+        """The rows of :meth:`table` in the order of :meth:`rank`, task after task."""
+        rows: list[Row] = []
         for name in self.tasks if task is None else (task,):
-            by_index = {row["index"]: row for row in self.table(name, skip=skip)}
-            rows += [by_index[index] for index in self.rank(name, by=by, skip=skip)]
+            table = self.table(name, skip=skip)
+            rows += [table[i] for i in self._ranked(name, by, skip)[1].argsort(stable=True)]
         return rows
 
-    def table(self, task: str | None = None, *, skip: int = 0) -> list[dict[str, str | int | float | None]]:
+    def table(self, task: str | None = None, *, skip: int = 0) -> list[Row]:
         """One row for each sample that was seen, in the order of their positions.
 
         ``seen`` is how often; ``dropped`` how often its weight was 0; ``mean`` and ``last`` are its mean and last
-        relative weight; ``opposed`` is the share of the times when its alignment was negative, and ``alignment`` the
-        mean relative one: ``None`` if none was measured.
+        relative weight; ``opposed`` is the share of times in which its alignment was negative, ``alignment`` the mean
+        relative one: ``None`` if none was measured.
 
         Args:
-            task: the task; all if left out.
-            skip: how many of each sample's first times to leave out, when the model knew little.
+            task: the task. Default: all.
+            skip: as in :meth:`rank`.
         """
-        rows: list[dict[str, str | int | float | None]] = []
+        rows: list[Row] = []
         for name in self.tasks if task is None else (task,):
             for row in zip(*(column.tolist() for column in self._table(name, skip)), strict=True):
                 values = (None if value != value else value for value in row)  # NaN
@@ -242,16 +242,14 @@ class SampleWeights:
         return rows
 
     def to_csv(self, path: str | Path, *, skip: int = 0) -> None:
-        """Writes :meth:`table` of all tasks to a file of comma-separated values."""
+        """Writes :meth:`table` of all tasks to a CSV file."""
         with Path(path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ("task", *_COLUMNS))
             writer.writeheader()
             writer.writerows(self.table(skip=skip))
 
     def auroc(self, corrupted: Tensor | Mapping[int, bool], task: str, *, by: By = None, skip: int = 0) -> float:
-        """How well :meth:`rank` finds corrupted samples: the probability that one comes before a clean one.
-
-        1/2 is chance; ties count half.
+        """The probability that :meth:`rank` has a corrupted sample before a clean one; 1/2 is chance, ties count half.
 
         Args:
             corrupted: booleans by position in the data set.
@@ -262,7 +260,7 @@ class SampleWeights:
         Raises:
             MTLWeightError: if no corrupted or no clean sample was seen, or :meth:`rank` raises.
         """
-        table = self._table(task, skip)
+        table, levels = self._ranked(task, by, skip)
         seen: list[int] = table.position.tolist()
         try:
             if isinstance(corrupted, Tensor) and seen and seen[0] < 0:  # which would count from the end
@@ -278,8 +276,8 @@ class SampleWeights:
                 f"SampleWeights: expected corrupted and clean samples among the {len(seen)} seen in task {task!r}, "
                 f"found {int(bad.sum())} corrupted ones. Record more batches, or look at the mask."
             )
-        _, inverse, counts = self._levels(task, table, by).unique(return_inverse=True, return_counts=True)
-        ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]  # of equal values their mean rank
+        counts = levels.bincount()
+        ranks = (counts.cumsum(0) - (counts - 1) / 2)[levels]  # ties have their mean rank
         clean = int((~bad).sum())
         above = float(ranks[~bad].sum()) - clean * (clean + 1) / 2
         return above / (clean * int(bad.sum()))
@@ -289,29 +287,17 @@ class SampleWeights:
         """The tasks that were seen."""
         return tuple(self._settled())
 
-    def _has(self, step: int, weights: Tensor) -> bool:
-        """Whether this is the step that was recorded last."""
-        last = self._last if step == self._step else None
-        return last is not None and torch.equal(weights, last.to(weights.device))
-
     def _settled(self) -> dict[str, _Seen]:
-        """What was recorded in each task, on the host."""
-        waiting, self._waiting = self._waiting, []
-        for task in dict.fromkeys(task for tasks, *_ in waiting for task in tasks):
-            found = [
-                (time, index, *(column[tasks.index(task)] for column in columns))
-                for tasks, time, index, *columns in waiting
-                if task in tasks
-            ]
-            *columns, labelled = (torch.cat(column).cpu() for column in zip(*found, strict=True))
-            new = _Seen(*(column[labelled] for column in columns))
-            new = new._replace(weight=new.weight.double(), alignment=new.alignment.double())
-            old = self._seen.get(task)
-            self._seen[task] = new if old is None else _Seen(*map(torch.cat, zip(old, new, strict=True)))
+        """Each task's record of its labelled samples, on the host."""
+        waiting, self._waiting = self._waiting, {}
+        for task, parts in waiting.items():
+            time, position, weight, alignment = (column.cpu() for column in _joined(parts))
+            new = _Seen(time, position, weight.double(), alignment.double()).at(~weight.isnan())
+            self._seen[task] = _joined([self._seen[task], new]) if task in self._seen else new
         return self._seen
 
     def _of(self, task: str, skip: int = 0) -> _Seen:
-        """What was recorded in one task."""
+        """One task's record, without each sample's first ``skip`` times."""
         expect_count("SampleWeights", "skip", skip, 0)
         found = self._settled().get(task)
         if found is None:
@@ -325,7 +311,7 @@ class SampleWeights:
             first = (counts.cumsum(0) - counts).repeat_interleave(counts)
             times = torch.empty_like(order)
             times[order] = torch.arange(len(order)) - first
-            found = _Seen(*(column[times >= skip] for column in found))
+            found = found.at(times >= skip)
         return found
 
     def _table(self, task: str, skip: int) -> _Table:
@@ -348,8 +334,9 @@ class SampleWeights:
             alignment=total(found.alignment.nan_to_num()) / measured,
         )
 
-    def _levels(self, task: str, table: _Table, by: By) -> Tensor:
-        """Numbers that are smaller for more suspicious samples, and equal where these tie."""
+    def _ranked(self, task: str, by: By, skip: int) -> tuple[_Table, Tensor]:
+        """The table, and integers that are smaller for more suspicious samples and equal where samples tie."""
+        table = self._table(task, skip)
         if by not in ("alignment", "weight", None):
             raise MTLWeightError(f"SampleWeights: expected by='alignment' or 'weight', found {by!r}. Choose one.")
         measured = bool((~table.alignment.isnan()).any())
@@ -361,12 +348,15 @@ class SampleWeights:
         keys = table.mean[:, None]
         if by == "alignment" or (by is None and measured):
             keys = torch.stack([(-table.opposed).nan_to_num(1.0), table.alignment.nan_to_num()], dim=1)
-        levels: Tensor = keys.unique(dim=0, return_inverse=True)[1]  # sorted by the first column, then the second
-        return levels
+        return table, keys.unique(dim=0, return_inverse=True)[1]  # sorted by the first column, then the second
 
 
-def _relative(report: Report) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and alignments relative to their means over the whole batch, and which have a label, of own samples."""
+def _joined(parts: Sequence[_Seen]) -> _Seen:
+    return _Seen(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _relative(report: Report) -> tuple[Tensor, Tensor]:
+    """This process's weights and alignments, divided by the whole batch's means; the weights NaN without a label."""
     weights, shares, alignment = report.weights, report.shares, report.alignment
     if weights is None or shares is None or weights.shape != shares.shape:
         shape = "nothing" if weights is None else f"weights of shape {list(weights.shape)}"
@@ -379,7 +369,8 @@ def _relative(report: Report) -> tuple[Tensor, Tensor, Tensor]:
         alignment = torch.full_like(weights, torch.nan)
     alignment = alignment.to(weights.dtype)
     own, count = report.own or slice(None), labelled.sum()
-    means = weights.sum() / count, alignment.abs().sum() / count
-    relative = (x / torch.where(mean == 0, 1.0, mean) for x, mean in zip((weights, alignment), means, strict=True))
-    weight, aligned = (x[:, own] for x in relative)
-    return weight, aligned, labelled[:, own]
+    weight, aligned = (
+        values / torch.where(total == 0, 1.0, total / count)
+        for values, total in ((weights, weights.sum()), (alignment, alignment.abs().sum()))
+    )
+    return weight.where(labelled, torch.nan)[:, own], aligned[:, own]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from mtlweight._checks import expect, expect_one_of
 from mtlweight._errors import MTLWeightError
 from mtlweight._view import Needs, State, View
 from mtlweight._weighting import ReferenceUse, Traits, Weighting
@@ -17,11 +17,11 @@ from mtlweight.sample._shares import shares_of_help, softmax_of_help
 
 @dataclass(frozen=True)
 class SLGrad(Weighting):
-    """Each sample of each task counts as much as its gradient serves the main task on held-out data.
+    """Weighs each sample of each task by how much its gradient helps the main task on held-out data.
 
     ``w[t, i] = max(0, a[t, i]) / Σ_{u, j} max(0, a[u, j])`` with the alignment ``a[t, i] = <∇ℓ[t, i], ∇L_ref>``: to
     first order, ``-a[t, i]`` is how the held-out loss of the main task changes with the weight of sample ``i`` of task
-    ``t``. Samples that help are kept, the others drop out: noisy labels, and auxiliary tasks where they do harm. Pass
+    ``t``. Samples that help are kept; others drop out, such as noisy labels and harmful auxiliary tasks. Pass
     the held-out loss to ``combine(losses, reference=...)``, and losses per sample, ``[b]`` a task.
 
     *Reads* the alignment per sample. *Writes* ``[m, b]``, non-negative, with sum ``total`` (or 0, if no sample helps).
@@ -44,10 +44,10 @@ class SLGrad(Weighting):
             that tasks compete; ``"task"``: each task's do; ``None``: ``w = total · max(0, a)``, in the unit of a
             squared gradient.
         temperature: ``None``, the default: samples that do not help have no weight. A number ``T``, ours:
-            ``w ∝ exp(a / (T s))`` instead, with ``s`` the root mean square of the alignments: no sample drops out
-            altogether, and large ``T`` makes all equal.
-        ema: share of the previous steps' average in the reference's gradient; for held-out batches that are small.
-            Default 0, as published. Ours.
+            ``w ∝ exp(a / (T s))`` instead, with ``s`` the root mean square of the alignments: no sample drops out, and
+            large ``T`` makes all weights equal.
+        ema: share of the previous steps' average in the reference's gradient, for small held-out batches. Default 0,
+            no averaging, as published.
         lookahead: whether the reference's gradient is taken one step of the optimizer ahead, which is then undone:
             parameters, buffers (of the modules named in ``model=`` or ``shared=``), optimizer and random state. That
             step gives each task its last total, spread evenly over its samples. Default false. Losses and reference
@@ -99,17 +99,11 @@ class SLGrad(Weighting):
 
     def __post_init__(self) -> None:
         ReferenceUse.of("SLGrad", self.main, scope=self.scope)
-        self._one_of("normalize", "all", "task", None)
-        self._one_of("samples_at", "here", "ahead")
-        self._one_of("replay", "official", None)
-        if not 0 < self.total < math.inf:
-            raise MTLWeightError(f"SLGrad: expected a finite total > 0, found {self.total}.")
-        if not 0 <= self.ema < 1:
-            raise MTLWeightError(f"SLGrad: expected ema in [0, 1), found {self.ema}. 0 is no averaging.")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise MTLWeightError(
-                f"SLGrad: expected a finite temperature > 0, found {self.temperature}. None lets samples drop out."
-            )
+        expect_one_of(self, "normalize", "all", "task", None)
+        expect_one_of(self, "samples_at", "here", "ahead")
+        expect_one_of(self, "replay", "official", None)
+        expect(self, "> 0", "total", *([] if self.temperature is None else ["temperature"]))
+        expect(self, "in [0, 1)", "ema")
         if self.temperature is not None and self.normalize is None:
             raise MTLWeightError(
                 "SLGrad: temperature makes weights with a fixed sum: expected normalize='all' or 'task' beside it, "
@@ -128,11 +122,6 @@ class SLGrad(Weighting):
                     f"SLGrad: replay='official' is the official code's arithmetic: expected no other option, found "
                     f"{', '.join(changed)}. Leave them out, or replay."
                 )
-
-    def _one_of(self, name: str, *choices: str | None) -> None:
-        if getattr(self, name) not in choices:
-            names = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
-            raise MTLWeightError(f"SLGrad: expected {name} {names}, found {getattr(self, name)!r}.")
 
     @property
     def traits(self) -> Traits:
@@ -190,8 +179,7 @@ class SLGrad(Weighting):
             weights = self.total * softmax_of_help(a, self.normalize, self.temperature, view.shares > 0)
         if not self.lookahead:
             return weights, state
-        table: Any = state["weights"]
-        return weights, {"weights": view.scatter(table, weights.sum(dim=1))}
+        return weights, {"weights": view.scatter(state["weights"], weights.sum(dim=1))}
 
     def _as_in_the_official_code(self, view: View, a: Tensor, state: State) -> tuple[Tensor, State]:
         table: Any = state["weights"]
