@@ -1,7 +1,5 @@
 """What this library adds to the wrapped optimizer's state dict, and whether it may be loaded."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Checks of what methods, combinators and the optimizer are given."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from numbers import Integral

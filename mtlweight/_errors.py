@@ -1,7 +1,5 @@
 """The errors of the library: one base class, and one for values that are not finite."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """Steps whose gradients were used, and which nobody commits."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from typing import Any

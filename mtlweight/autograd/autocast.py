@@ -1,7 +1,5 @@
 """Autocast is for the user's computations, not for what is measured of them."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping

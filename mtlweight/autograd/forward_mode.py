@@ -1,7 +1,5 @@
 """Runs a user's closure with dual parameters, and corrects what torch's forward mode does otherwise than is right."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

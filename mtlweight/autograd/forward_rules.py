@@ -5,8 +5,6 @@ differentiates. A normalization then takes several times the time of its value, 
 that of the values alone, and tangents are computed without any: a gradient that is taken of it has no tangent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

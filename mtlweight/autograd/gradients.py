@@ -1,7 +1,5 @@
 """``torch.autograd.grad``, before hooks of leaves, with errors that say what to do, and an eye on compiled models."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,14 +21,7 @@ _DIFFERENCE = 0.01
 
 
 def gradient(output: Tensor, inputs: Sequence[Tensor], *, graph: Graph, keep_graph: bool) -> Gradients:
-    """The gradients of a scalar with respect to all inputs, in float32 where they pass through float16.
-
-    Args:
-        output: scalar.
-        inputs: leaves or intermediate tensors.
-        graph: that the output belongs to.
-        keep_graph: whether the graph is needed again.
-    """
+    """The gradients of a scalar; in float32 where they pass through float16. Arguments are those of :func:`grad`."""
 
     def pull(scale: float, keep: bool) -> Gradients:
         cotangents = None if scale == 1.0 else [torch.full_like(output, scale)]

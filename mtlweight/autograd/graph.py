@@ -1,7 +1,5 @@
 """Questions to an autograd graph."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping
 

@@ -1,7 +1,5 @@
 """Float16 has a short range: what passes through it is scaled first, as a gradient scaler does for a plain step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Scalars whose backward hands given gradients to leaves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

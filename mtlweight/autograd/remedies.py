@@ -1,7 +1,5 @@
 """Errors of torch's autograd that have a known remedy, and the errors that name it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

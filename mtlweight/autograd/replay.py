@@ -1,7 +1,5 @@
 """Running a user's closure once more as if it had not been run."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Backwards that measure, and leave nothing behind."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,12 +20,8 @@ def untouched(parameters: Sequence[Tensor], called: Callable[[Tensor], str]) -> 
     gradients nobody can ask for. Activation checkpointing runs modules once more in each backward, and with them what
     keeps running statistics.
 
-    Args:
-        parameters: those that may not be written.
-        called: what messages call a parameter.
-
     Raises:
-        MTLWeightError: if a parameter was written.
+        MTLWeightError: if one of the parameters was written; ``called`` says what to call it.
     """
     before = [(p, p.grad) for p in parameters if p.grad is not None]
     for p, _ in before:

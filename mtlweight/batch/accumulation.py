@@ -1,7 +1,5 @@
 """Micro-batches that come one by one, in a loop that a trainer may own: the last one weighs them all."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator

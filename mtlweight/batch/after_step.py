@@ -1,7 +1,5 @@
 """The losses of the same batch after the step, for weightings that observe them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ReferenceType
@@ -29,10 +27,7 @@ def losses_after(
         step: that was taken.
         rewind: puts the random states back to what they were before the first evaluation.
         tasks: the tasks to keep.
-        first: the losses of the first evaluation.
-
-    Raises:
-        MTLWeightError: if one of these has no loss now, or is the tensor of the first evaluation.
+        first: the losses of the first evaluation, which may not be returned once more.
     """
     in_parts = isinstance(losses, (list, tuple))
     closures, steps = (losses, step.split(len(losses))) if in_parts else ([losses], [step])

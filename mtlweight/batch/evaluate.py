@@ -1,7 +1,5 @@
 """From the user's losses to losses with their graph; with their alignments, if the forward pass can give them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +17,7 @@ from mtlweight.engines.measure import judged
 
 
 def evaluated(losses: Any, reference: Callable[[], Reference] | None, step: Step) -> Whole:
-    """The losses; with their alignments, if the forward engine can give them in the same pass.
-
-    Args:
-        losses: mapping, tensor, or callable that returns one of these.
-        reference: the reference, if there is one.
-        step: what was known before.
-    """
+    """The losses; with their alignments, if the forward engine can give them in the same pass."""
     settings, trust = step.settings, step.draft.trust
     deferred = callable(losses) and not isinstance(losses, Tensor)
     if not deferred and settings.engine == "forward":

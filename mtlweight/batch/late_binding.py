@@ -1,7 +1,5 @@
 """Callables that look for their data outside themselves, where a loop may have left other data by now."""
 
-from __future__ import annotations
-
 import dis
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """One step ahead of the present, and back as if it had not been taken."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import inspect
@@ -101,14 +99,11 @@ def one_step_ahead(optimizer: Optimizer, gradients: Gradients) -> Iterator[None]
     A twin of the optimizer takes the step, so that the optimizer's own state, whatever it is made of, is not touched.
     Afterwards parameters have the values that they had. No hooks run, and ``.grad`` is left alone.
 
-    Memory: a copy of the parameters and of the optimizer's state.
-
-    Args:
-        optimizer: any optimizer that keeps its state in ``state`` and ``param_groups``.
-        gradients: the gradient of each parameter; one without is not moved.
+    Memory: a copy of the parameters and of the optimizer's state. A parameter without a gradient is not moved.
 
     Raises:
-        MTLWeightError: if the optimizer needs a closure, or keeps its state elsewhere.
+        MTLWeightError: if the optimizer needs a closure, or keeps state in other places than ``state`` and
+            ``param_groups``.
     """
     within = any(isinstance(value, Optimizer) for value in vars(optimizer).values())
     if within or not {"state", "param_groups"} <= vars(optimizer).keys():

@@ -1,7 +1,5 @@
 """From what users pass as losses to one tensor a task."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -118,14 +116,7 @@ def named(
 
 
 def masks(mask: Any) -> dict[str, Tensor]:
-    """Masks by task.
-
-    Args:
-        mask: mapping from task to a ``[b]`` tensor of booleans, or one tensor ``[m, b]``, or ``None``.
-
-    Raises:
-        MTLWeightError: if it is anything else.
-    """
+    """Masks by task, from a mapping from task to booleans ``[b]``, one tensor ``[m, b]``, or ``None``; else raises."""
     if isinstance(mask, Tensor):
         mask = {str(i): row for i, row in enumerate(mask.unbind())}
     if mask is not None and not isinstance(mask, Mapping):
@@ -174,12 +165,7 @@ def placed(known: Sequence[str], mentioned: Iterable[Sequence[str]]) -> list[str
 
 
 def join(parts: Sequence[Mapping[str, Tensor]], places: Sequence[str]) -> dict[str, Tensor]:
-    """One ``[b]`` tensor a task over all parts of a batch: zeros in the parts where the task is absent.
-
-    Args:
-        parts: one ``[b]`` tensor a task, of one length within each part. A single part is returned as it is.
-        places: all tasks, in order.
-    """
+    """One ``[b]`` tensor a task over all parts of a batch, in the order of places; zeros where a part lacks a task."""
     parts = [part for part in parts if part]
     zeros = [torch.zeros_like(next(iter(part.values()))) for part in parts]
     tasks = [task for task in places if any(task in part for part in parts)]

@@ -1,7 +1,5 @@
 """Where a gradient that is not finite comes from, and what to do."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -32,14 +30,7 @@ def behind_masks(hidden: Hidden, *, sure: bool = False) -> str:
 def bad_gradient(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], called: Callable[[Tensor], str], hidden: Hidden
 ) -> NonFiniteError:
-    """The error for a gradient that is not finite after backward.
-
-    Args:
-        parameters: the optimizer's.
-        gradients: of those that have one.
-        called: what messages call a parameter.
-        hidden: what the masks hide.
-    """
+    """The error for a gradient that is not finite after backward; gradients are of those parameters that have one."""
     having = [p for p in parameters if p.grad is not None]
     bad = [p for p, g in zip(having, gradients, strict=True) if not g.isfinite().all()]
     where = called(bad[0]) if bad else "another process's part of one"

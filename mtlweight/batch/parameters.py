@@ -1,7 +1,5 @@
 """From what users name as parameters to the parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -14,15 +12,7 @@ Parts: TypeAlias = nn.Module | Tensor | Iterable[nn.Module | Tensor]
 
 
 def parts(name: str, value: Parts) -> list[nn.Module | Tensor]:
-    """The modules and parameters, one by one.
-
-    Args:
-        name: what messages call them.
-        value: as the user gave it.
-
-    Raises:
-        MTLWeightError: if one is neither.
-    """
+    """The modules and parameters, one by one; raises, under this name, if one is neither."""
     several = isinstance(value, Iterable) and not isinstance(value, (nn.Module, Tensor))
     each: list[Any] = list(value) if several else [value]  # type: ignore[arg-type]  # checked next
     for part in each:
@@ -42,13 +32,7 @@ def parameters(parts: Sequence[nn.Module | Tensor], without: Sequence[Tensor] = 
 
 
 def called(parameter: Tensor, modules: Iterable[nn.Module], groups: Sequence[Mapping[str, Any]]) -> str:
-    """What messages call a parameter: its name in a module that the user named, else its place in the optimizer.
-
-    Args:
-        parameter: the parameter.
-        modules: those that the user named.
-        groups: the optimizer's groups of parameters.
-    """
+    """What messages call a parameter: its name in one of the modules, else its place in the optimizer's groups."""
     shape = f"of shape {list(parameter.shape)}"
     for module in modules:
         for name, each in module.named_parameters():

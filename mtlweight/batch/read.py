@@ -1,7 +1,5 @@
 """From what the user passed to ``combine`` to a batch."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The reference objective, and its gradient, with which those of the losses are compared."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which environment each sample belongs to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

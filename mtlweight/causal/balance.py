@@ -1,7 +1,5 @@
 """All modules in use."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Modules with different features."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

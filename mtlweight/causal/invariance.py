@@ -1,7 +1,5 @@
 """Invariance of each task's risk across environments, at the graph or at the risk itself."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Few edges in the graph."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Weightings one after the other."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

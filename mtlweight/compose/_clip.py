@@ -1,7 +1,5 @@
 """Weights within bounds."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

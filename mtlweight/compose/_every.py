@@ -1,7 +1,5 @@
 """Weights that are renewed only every k-th step."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from torch import Tensor

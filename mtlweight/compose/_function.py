@@ -1,7 +1,5 @@
 """Weightings from plain functions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

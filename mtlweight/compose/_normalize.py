@@ -1,7 +1,5 @@
 """Weights with a fixed sum."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch

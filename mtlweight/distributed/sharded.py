@@ -1,7 +1,5 @@
 """Parameters and gradients of which each process holds a piece."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 

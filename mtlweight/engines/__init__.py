@@ -12,9 +12,11 @@ Engine         Fills
 =============  ======================================================================================
 """
 
-from __future__ import annotations
-
 from mtlweight.engines import batched, pullback, rows, samples
+
+ENGINES = ("auto", "rows", "batched", "features", "forward", "pullback", "samples")
+ORDINARY = ("rows", "features")
+"""Those that take one backward after the other, with which all else is compared."""
 
 GRADIENTS = {
     "rows": rows.gradients,
@@ -22,9 +24,14 @@ GRADIENTS = {
     "batched": batched.gradients,
     "samples": samples.gradients,
 }
-"""``gradients(totals, inputs, keep_graph=...)``: for each total its gradients by the place of their input."""
+"""``gradients(totals, inputs, keep_graph=...)``: for each total, one after the other, its gradients.
+
+``inputs`` are leaves or intermediate tensors; gradients come by the place of their input. ``keep_graph`` says whether
+the graph is needed again after the last total.
+"""
 ALIGNMENTS = {"pullback": pullback.alignments, "samples": samples.alignments, "rows": rows.alignments}
-"""``alignments(losses, inputs, tangents)``: ``<∇ℓ[t, i], g>``, one tensor a task."""
-ENGINES = ("auto", "rows", "batched", "features", "forward", "pullback", "samples")
-ORDINARY = ("rows", "features")
-"""Those that take one backward after the other, with which all else is compared."""
+"""``alignments(losses, inputs, tangents)``: ``<∇ℓ[t, i], g>``, one tensor a task.
+
+``losses`` are one ``[b]`` or scalar tensor a task, ``inputs`` are parameters, and ``tangents`` is ``g``, one tensor a
+parameter. The losses' graph is kept.
+"""

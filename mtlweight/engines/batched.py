@@ -1,7 +1,5 @@
 """Batched engine: several rows in one vectorised backward."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -20,16 +18,10 @@ CHUNK = 32
 def gradients(
     totals: Totals, inputs: Sequence[Tensor], *, keep_graph: bool, chunk_size: int = CHUNK
 ) -> Iterator[Reached]:
-    """The gradients of each total with respect to the inputs, ``chunk_size`` totals in one vectorised backward.
+    """The gradients of each total, ``chunk_size`` totals in one vectorised backward.
 
     Fewer kernel launches than one backward a row, for more memory: each chunk holds its gradients, zeros included.
     Operators without a batching rule for their backward are looped over by torch.
-
-    Args:
-        totals: of the tasks.
-        inputs: leaves or intermediate tensors.
-        keep_graph: whether the graph is needed again after the last total.
-        chunk_size: totals in one backward.
     """
     graph = totals.graph
     stacked = torch.stack(graph.outputs)

@@ -6,8 +6,6 @@ backward. So a combination is taken of the losses, for one backward, and the sam
 coefficients have random signs and sizes: errors do not cancel, and no loss hides behind the sum of the others.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 
@@ -44,15 +42,7 @@ class DisagreesError(RuntimeError):
 def expect_same_alignments(
     graph: Graph, inputs: Sequence[Tensor], tangents: Sequence[Tensor], found: Sequence[Tensor], seed: int
 ) -> None:
-    """Raises unless a random combination of the alignments is the alignment of the same combination of the losses.
-
-    Args:
-        graph: of the losses; it is kept.
-        inputs: parameters.
-        tangents: ``g``, one tensor a parameter.
-        found: ``<∇ℓ[t, i], g>``, one tensor a task.
-        seed: of the coefficients.
-    """
+    """Raises unless a random combination of the alignments is the alignment of the same combination of the losses."""
     device, least = graph.outputs[0].device, _least(graph, inputs) * _norm(tangents)
     dtype = statistics_dtype(device)
     terms, values = [], []
@@ -72,14 +62,7 @@ def expect_same_alignments(
 
 
 def expect_same_rows(graph: Graph, inputs: Sequence[Tensor], found: Rows, seed: int) -> None:
-    """Raises unless a random combination of the rows is the gradient of the same combination of the outputs.
-
-    Args:
-        graph: of the outputs; it is kept.
-        inputs: with respect to which.
-        found: their gradients.
-        seed: of the coefficients.
-    """
+    """Raises unless a random combination of the rows is the gradient of the same combination of the outputs."""
     mixes, least = coefficients(len(graph.outputs), seed).tolist(), _least(graph, inputs)
     terms, size, total = [], 0.0, dict[Tensor, Tensor]()
     for t, (mix, output) in enumerate(zip(mixes, graph.outputs, strict=True)):

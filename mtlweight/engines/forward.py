@@ -1,7 +1,5 @@
 """Forward engine: losses and all alignments from one forward pass with dual numbers."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -38,10 +36,7 @@ def losses_and_alignments(
         names: of the parameters in the modules.
         parameters: the point.
         tangents: ``g``, one a parameter.
-        judge: takes losses and derivatives, and returns the derivatives, or raises a ``RuntimeError``.
-
-    Returns:
-        tuple: the present tasks' losses, and their derivatives in the direction ``g``.
+        judge: takes losses and alignments, and returns the alignments, or raises a ``RuntimeError``.
 
     Raises:
         Exception: that of a custom function's ``jvp``.

@@ -1,7 +1,5 @@
 """Measures with the engine that was asked for, as far as ordinary backwards bear it out; else with these."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -21,7 +19,7 @@ NOT_FINITE = "its derivatives are not finite where those of a backward are"
 def jacobian(
     engine: str, totals: Totals, inputs: list[Tensor], rest: list[Tensor], trust: Trust, *, whole: bool, keep: bool
 ) -> Rows:
-    """The rows of the Jacobian.
+    """The rows of the Jacobian over the inputs, with the gradients of the rest.
 
     Args:
         engine: one of ``GRADIENTS``.
@@ -77,13 +75,7 @@ def alignments(
 ) -> list[Tensor]:
     """``<∇ℓ[t, i], g>``, one tensor a task, of losses that are computed already. Their graph is kept.
 
-    Args:
-        engine: one of ``ALIGNMENTS``.
-        losses: one ``[b]`` or scalar tensor a task.
-        inputs: parameters.
-        tangents: ``g``, one tensor a parameter.
-        trust: counts uses, and takes warnings.
-        has_float16: whether the reference's gradient passed through float16.
+    The first arguments are those of ``ALIGNMENTS``. ``has_float16`` says whether ``g`` passed through float16.
     """
     graph, size = Graph(losses), 1.0
     if has_float16 or graph.has_float16:
@@ -121,18 +113,7 @@ def judged(
 ) -> tuple[list[Tensor], bool]:
     """The alignments that an engine found, as far as an ordinary backward bears them out. It keeps the graph.
 
-    Where they are not finite and a loss is, each is asked for by a backward of its own.
-
-    Args:
-        engine: its name.
-        graph: of the losses.
-        inputs: parameters.
-        tangents: ``g``, one a parameter.
-        found: ``<∇ℓ[t, i], g>``, one tensor a task.
-        trust: counts uses, and takes warnings.
-
-    Returns:
-        tuple: the alignments, and whether some are by a backward of their own.
+    Where they are not finite and a loss is, each is asked for by a backward of its own: whether some are comes second.
 
     Raises:
         DisagreesError: if the others are not those of a backward.

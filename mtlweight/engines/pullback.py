@@ -1,7 +1,5 @@
 """Pullback engine: alignments from losses that are computed already."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -15,12 +13,7 @@ def alignments(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Seq
     """``<∇ℓ[t, i], g>`` for all tasks and samples by differentiating twice.
 
     ``v(u) = Jᵀu`` is linear in ``u``, hence ``∂<v(u), g>/∂u = J g`` for any ``u``: one backward with a graph, and one
-    through it. The graph is kept.
-
-    Args:
-        losses: one ``[b]`` or scalar tensor a task.
-        inputs: parameters.
-        tangents: ``g``, one tensor a parameter.
+    through it.
 
     Raises:
         RuntimeError: torch's own, for an operator that cannot be differentiated twice; or in place of it, where torch

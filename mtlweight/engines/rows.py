@@ -1,7 +1,5 @@
 """Rows engine: one backward a row."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,15 +14,10 @@ from mtlweight.engines.totals import Totals
 
 
 def gradients(totals: Totals, inputs: Sequence[Tensor], *, keep_graph: bool) -> Iterator[Reached]:
-    """The gradients of each total with respect to the inputs that it depends on, one total at a time.
+    """The gradients of each total, one total at a time.
 
     Works on every graph, compiled models included, and touches only what a total depends on. Cost: one backward a
     total. Memory: one gradient at a time.
-
-    Args:
-        totals: of the tasks.
-        inputs: leaves or intermediate tensors.
-        keep_graph: whether the graph is needed again after the last total.
     """
     return _of_each(totals.graph, inputs, keep_graph=keep_graph)
 
@@ -41,13 +34,7 @@ def _of_each(graph: Graph, inputs: Sequence[Tensor], *, keep_graph: bool) -> Ite
 
 
 def alignments(losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
-    """``<∇ℓ[t, i], g>`` for each task and sample by one backward each: slow, and right wherever backward works.
-
-    Args:
-        losses: one ``[b]`` or scalar tensor a task.
-        inputs: parameters.
-        tangents: ``g``, one tensor a parameter.
-    """
+    """``<∇ℓ[t, i], g>`` by one backward for each task and sample: slow, and right wherever backward works."""
     graph = Graph(sample for row in losses for sample in row.reshape(-1).unbind())
     products = [inner(row, tangents) for row in _of_each(graph, inputs, keep_graph=True)]
     sizes = [loss.numel() for loss in losses]

@@ -1,7 +1,5 @@
 """Samples engine: the gradient of each sample, by ``torch.func.vmap``."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -23,12 +21,7 @@ def jacobian(losses: Sequence[Tensor], inputs: Sequence[Tensor], *, chunk_size: 
 
     A ``torch.func.vmap`` over the rows of the backward pass, so that the forward runs once, as the user wrote it:
     samples that interact (BatchNorm in training mode) are differentiated as they are, and **all rows see the dropout
-    masks that gave the losses**; nothing random happens inside the vmap. The graph is kept.
-
-    Args:
-        losses: one ``[b]`` or scalar tensor a task.
-        inputs: parameters.
-        chunk_size: rows in one backward; memory grows with ``chunk_size · n``.
+    masks that gave the losses**; nothing random happens inside the vmap. Memory grows with ``chunk_size · n``.
     """
     flat, graph = torch.cat([row.reshape(-1) for row in losses]), Graph(losses)
 
@@ -49,14 +42,7 @@ def jacobian(losses: Sequence[Tensor], inputs: Sequence[Tensor], *, chunk_size: 
 def alignments(
     losses: Sequence[Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor], *, chunk_size: int = CHUNK
 ) -> list[Tensor]:
-    """``<∇ℓ[t, i], g>`` for each task and sample from the per-sample gradients.
-
-    Args:
-        losses: one ``[b]`` or scalar tensor a task.
-        inputs: parameters.
-        tangents: ``g``, one tensor a parameter.
-        chunk_size: rows in one backward.
-    """
+    """``<∇ℓ[t, i], g>`` from the per-sample gradients."""
     chunks = []
     for columns in jacobian(losses, inputs, chunk_size=chunk_size):
         pairs = [(wide(c).reshape(len(c), -1), t.flatten()) for c, t in zip(columns, tangents, strict=True)]
@@ -68,15 +54,8 @@ def alignments(
 def gradients(
     totals: Totals, inputs: Sequence[Tensor], *, keep_graph: bool = True, chunk_size: int = CHUNK
 ) -> Iterator[Reached]:
-    """The gradient of each total, summed from its samples' gradients.
-
-    Args:
-        totals: of the tasks.
-        inputs: parameters.
-        keep_graph: the graph is kept in any case.
-        chunk_size: rows in one backward.
-    """
-    del keep_graph
+    """The gradient of each total, summed from its samples' gradients."""
+    del keep_graph  # the graph is kept in any case
     for t, row in enumerate(totals.losses):
         given = totals.coefficients
         weights = torch.full_like(row, 1 / row.numel()) if given is None else given[t].to(row.dtype)

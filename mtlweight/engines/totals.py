@@ -1,7 +1,5 @@
 """The scalars whose gradients are the rows of the Jacobian."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What is known of the engines: which has run, which was confirmed, and which cannot run."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

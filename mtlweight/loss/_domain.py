@@ -1,7 +1,5 @@
 """Where losses have logarithms, ratios and directions, and what methods take them to be elsewhere."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

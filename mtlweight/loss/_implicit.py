@@ -1,7 +1,5 @@
 """The step on a task's log-variance that stays stable for losses of any size."""
 
-from __future__ import annotations
-
 import math
 
 import torch

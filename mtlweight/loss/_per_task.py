@@ -1,7 +1,5 @@
 """Hyperparameters with one number a task."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias

@@ -1,7 +1,5 @@
 """Constant weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Conditioned one-shot multi-objective search."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

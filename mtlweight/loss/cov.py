@@ -1,7 +1,5 @@
 """Coefficient of variation weighting."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

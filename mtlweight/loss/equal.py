@@ -1,7 +1,5 @@
 """Equal weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

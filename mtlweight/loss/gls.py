@@ -1,7 +1,5 @@
 """Geometric loss strategy."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Impartial multi-task learning by loss balance."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Relative loss balancing with random lookback."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

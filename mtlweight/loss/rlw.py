@@ -1,7 +1,5 @@
 """Random loss weighting."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Uncertainty weighting."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

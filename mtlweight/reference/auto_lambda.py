@@ -1,7 +1,5 @@
 """Task weights learned on the main tasks' held-out loss one step ahead."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 

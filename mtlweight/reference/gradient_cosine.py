@@ -1,7 +1,5 @@
 """Auxiliary tasks by the cosine of their gradients with the main task's."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 
 import torch

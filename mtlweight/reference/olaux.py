@@ -1,7 +1,5 @@
 """Auxiliary tasks weighted by how much their gradients helped the main task over the last steps."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """From alignments to weights per sample."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

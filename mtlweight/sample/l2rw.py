@@ -1,7 +1,5 @@
 """Learning to reweight examples: sample weights within each task."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 

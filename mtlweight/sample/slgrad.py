@@ -1,7 +1,5 @@
 """Sample-level weights from a held-out objective."""
 
-from __future__ import annotations
-
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal
 

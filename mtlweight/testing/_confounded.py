@@ -1,7 +1,5 @@
 """Two tasks whose labels are confounded, with the best predictor in closed form."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """All checks at once: in one call, or as one pytest case each."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

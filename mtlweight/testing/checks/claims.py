@@ -4,8 +4,6 @@ A combinator's claims are computed from its parts' and may be cautious: only the
 that have ``parts``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What every weighting owes to whoever calls it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Laws: symmetry, composition, and what reaches the parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

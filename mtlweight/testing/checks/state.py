@@ -1,7 +1,5 @@
 """What an explicit state makes possible: saving, copying, two runs side by side, tasks that come and go."""
 
-from __future__ import annotations
-
 import copy
 import io
 from collections.abc import Mapping, Sequence
