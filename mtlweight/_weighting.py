@@ -244,8 +244,10 @@ def evaluate(weighting: Weighting, view: View, state: State | None) -> tuple[Ten
         )
     shape = weights.shape if isinstance(weights, Tensor) else None
     if shape is None or len(shape) != (1 if writes == "task" else 2) or shape[0] != m:
-        found = type(weights).__name__ if shape is None else list(shape)
-        raise wrong_shape(weighting, f"a tensor of shape {_SHAPES[writes].format(m)}", found)
+        expected = f"shape {_SHAPES[writes].format(m)}"
+        if shape is None:
+            raise wrong_shape(weighting, f"a tensor of {expected}", type(weights).__name__)
+        raise wrong_shape(weighting, expected, list(shape))
     if writes == "sample":
         labelled = view.shares > 0
         if labelled.shape != shape:

@@ -90,19 +90,20 @@ def kkt(C: Array, d: Array, z: Array) -> float:
 
 
 def _proximal(C: Array, Q: Array, residuals: Callable[[Array], Array]) -> tuple[Array, Array]:
-    """A proximal point iteration, as long as it halves one of the residuals."""
+    """A proximal point iteration, once and then as long as it halves one of the residuals.
+
+    Once, since at a vertex the residual is of second order in the ridge's bias: it may be zero beside a biased z.
+    """
     H = ridged(C)
     Z = nonnegative_quadratics(H, Q)
     found = residuals(Z)
     for _ in range(10):
-        if found.max() <= EPS:
-            break
         closer = nonnegative_quadratics(H, Q + RIDGE * Z, Z > 0.0)
         last, found = found, residuals(closer)
-        better = found < last
+        better = found <= np.maximum(last, EPS)
         Z[better] = closer[better]
         found = np.where(better, found, last)
-        if (found > last / 2).all():
+        if found.max() <= EPS or (found > last / 2).all():
             break
     return Z, found
 
